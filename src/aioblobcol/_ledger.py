@@ -1,0 +1,371 @@
+"""The ledger: what each transaction of one session put into rows, and what that is worth.
+
+Pure bookkeeping and judgement, no I/O: `_session` reports what happened, `_unit_of_work`
+carries out the `Settlement`. Invariants: a URI is recorded before its upload starts; what was
+written in a rolled-back savepoint was not written; a superseded object is released only by a
+certain commit; an unknown outcome releases nothing, and what is once in doubt stays so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from ._statements import Evidence
+from .errors import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+
+@dataclasses.dataclass(slots=True)
+class Facts:
+    """What was seen of one root transaction, the input of `judge`.
+
+    Attributes:
+        is_sqlite: SQLite can refuse COMMIT and keep the transaction open.
+        autocommit: a connection was in AUTOCOMMIT: every statement is durable at once.
+        foreign_control: COMMIT, ROLLBACK or DDL that commits was sent as a plain statement.
+        prepared: PREPARE TRANSACTION was sent (two-phase).
+        commit_sent: COMMIT is on its way, or was answered.
+        acknowledged: COMMIT was answered without an error, on every connection.
+        doubtful: a statement failed after which none succeeded, and no probe was sent.
+        refused: the server answered COMMIT with an error that means "rolled back".
+        answered: the server answered COMMIT with some error, on an intact connection.
+        rollback_failed: ROLLBACK raised.
+        still_open: SQLite's own word, read after ROLLBACK.
+        connections: how many took part; two do not commit at one moment.
+    """
+
+    is_sqlite: bool = False
+    autocommit: bool = False
+    foreign_control: bool = False
+    prepared: bool = False
+    commit_sent: bool = False
+    acknowledged: bool = False
+    doubtful: bool = False
+    refused: bool = False
+    answered: bool = False
+    rollback_failed: bool = False
+    still_open: bool | None = None
+    connections: int = 0
+
+
+def judge(facts: Facts) -> Outcome:  # noqa: PLR0911 - one line for each row of the table
+    """Say what is certain about a root transaction; anything but certainty is UNKNOWN."""
+    if facts.autocommit or facts.foreign_control:
+        return Outcome.UNKNOWN
+    if facts.acknowledged:
+        # PostgreSQL answers COMMIT of a failed transaction without an error, and rolls back
+        return Outcome.UNKNOWN if facts.doubtful else Outcome.COMMITTED
+    if facts.prepared:
+        return Outcome.UNKNOWN
+    if not facts.commit_sent:
+        in_doubt = facts.is_sqlite and (facts.rollback_failed or facts.still_open is True)
+        return Outcome.UNKNOWN if in_doubt else Outcome.ROLLED_BACK
+    if facts.connections > 1:
+        return Outcome.UNKNOWN
+    if facts.is_sqlite:
+        # a refused COMMIT leaves the transaction open; only ROLLBACK and its own word end it
+        is_over = facts.answered and not facts.rollback_failed and facts.still_open is False
+        return Outcome.ROLLED_BACK if is_over else Outcome.UNKNOWN
+    return Outcome.ROLLED_BACK if facts.refused else Outcome.UNKNOWN
+
+
+def is_refusal(sqlstate: str | None) -> bool:
+    """Tell whether this answer to COMMIT means that the transaction was certainly rolled back.
+
+    Integrity constraint violations (23xxx) and transaction rollbacks (40xxx) do; 40003 is
+    "statement completion unknown". Source: PostgreSQL documentation, appendix "Error Codes".
+    """
+    return sqlstate is not None and sqlstate != "40003" and sqlstate[:2] in {"23", "40"}
+
+
+@dataclasses.dataclass(slots=True)
+class _Frame:
+    """A savepoint, or (without a name) the root transaction."""
+
+    name: str | None
+    created: set[str] = dataclasses.field(default_factory=set)
+    written: dict[str, int] = dataclasses.field(default_factory=dict)
+    unclear: dict[str, int] = dataclasses.field(default_factory=dict)
+    unwritten: set[str] = dataclasses.field(default_factory=set)
+    missed: set[str] = dataclasses.field(default_factory=set)
+    released: set[str] = dataclasses.field(default_factory=set)
+    removed_rows: bool = False
+
+    def absorb(self, inner: _Frame) -> None:
+        self.created |= inner.created
+        for uri in inner.unwritten:
+            self.written.pop(uri, None)
+            self.unclear.pop(uri, None)
+        self.unwritten |= inner.unwritten
+        self.unwritten -= inner.written.keys()
+        self.written.update(inner.written)
+        self.unclear.update(inner.unclear)
+        self.missed |= inner.missed
+        self.released |= inner.released
+        self.removed_rows |= inner.removed_rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demand:
+    """What speaks against a COMMIT: nothing, if both are empty."""
+
+    unwritten: tuple[str, ...]
+    unreleased: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settlement:
+    """What may be deleted now that the block is over.
+
+    Attributes:
+        compensate: new objects that certainly no row names.
+        supersede: old objects that certainly no row names any more.
+        undecided_created: new objects in doubt; left alone.
+        undecided_superseded: old objects in doubt; left alone.
+    """
+
+    compensate: tuple[str, ...]
+    supersede: tuple[str, ...]
+    undecided_created: tuple[str, ...]
+    undecided_superseded: tuple[str, ...]
+
+
+class Ledger:
+    """The books of one `blob_transaction`."""
+
+    def __init__(self) -> None:
+        self._replaces: dict[str, str | None] = {}  # every new URI, in order, and its old one
+        self._deletes: dict[str, None] = {}
+        self._frames = [_Frame(None)]
+        self._given_up: set[str] = set()
+        self._doomed: set[str] = set()
+        self._committed: dict[str, int] = {}
+        self._committed_deletes: set[str] = set()
+        self._in_doubt: set[str] = set()
+        self._kept: set[str] = set()
+        self._rehomed: set[str] = set()
+        self._clock = 0
+
+    # --- what is to be done
+
+    def create(self, uri: str, *, replaces: str | None) -> None:
+        """Record a new object, before its upload starts."""
+        self._replaces[uri] = replaces
+        self._frames[-1].created.add(uri)
+
+    def delete(self, uri: str) -> None:
+        """Record an object whose row this transaction removes."""
+        self._deletes[uri] = None
+
+    def forget(self, uri: str) -> None:
+        """The upload failed and was undone: there is nothing to be done about it."""
+        del self._replaces[uri]
+        for frame in self._frames:
+            frame.created.discard(uri)
+
+    def give_up(self, uri: str) -> None:
+        """The upload failed: whatever is there is deleted in the end, whichever way it ends."""
+        self._given_up.add(uri)
+
+    @property
+    def watched(self) -> frozenset[str]:
+        """The URIs whose statements matter."""
+        old = {uri for uri in self._replaces.values() if uri is not None}
+        return frozenset(self._replaces.keys() | old | self._deletes.keys())
+
+    # --- what happened
+
+    def wrote(
+        self, named: Collection[str], evidence: Evidence, *, removes: bool, is_delete: bool = False
+    ) -> None:
+        """A statement that changes rows was answered."""
+        frame = self._frames[-1]
+        self._clock += 1
+        if removes and evidence is not Evidence.NOTHING:
+            frame.removed_rows = True
+        for uri in named:
+            if uri in self._replaces:
+                self._note_new(frame, uri, evidence, is_delete)
+            if removes and uri in self._deletes:
+                (frame.missed if evidence is Evidence.NOTHING else frame.released).add(uri)
+
+    def _note_new(self, frame: _Frame, uri: str, evidence: Evidence, is_delete: bool) -> None:
+        if is_delete:
+            if evidence is not Evidence.NOTHING:
+                frame.written.pop(uri, None)
+                frame.unclear.pop(uri, None)
+                frame.unwritten.add(uri)
+        elif evidence is Evidence.CHANGED:
+            frame.unclear.pop(uri, None)
+            frame.written[uri] = self._clock
+            frame.unwritten.discard(uri)
+        elif evidence is Evidence.UNCLEAR:
+            frame.unclear[uri] = self._clock
+
+    def confirmed(self, uri: str) -> None:
+        """A row was read that names *uri*, which an unclear statement had written."""
+        for frame in self._frames:
+            clock = frame.unclear.pop(uri, None)
+            if clock is not None:
+                frame.written[uri] = clock
+
+    def rehomed(self, uris: Iterable[str]) -> None:
+        """Strings were put into rows: an old URI among them is not deleted, come what may."""
+        old = self.watched - self._replaces.keys()
+        self._rehomed.update(old.intersection(uris))
+
+    def database_gave_up(self) -> None:
+        """The database rolled the transaction back by itself in the middle of it."""
+        for frame in self._frames:
+            self._forget_work(frame)
+
+    # --- savepoints and ends
+
+    def savepoint(self, name: str) -> None:
+        """Open a savepoint."""
+        self._frames.append(_Frame(name))
+
+    def release(self, name: str) -> None:
+        """Hand what a savepoint did to what is around it."""
+        depth = self._depth(name)
+        while depth is not None and len(self._frames) > depth:
+            inner = self._frames.pop()
+            self._frames[-1].absorb(inner)
+
+    def rollback_to(self, name: str) -> None:
+        """Undo what a savepoint did. It stays open, as in SQL."""
+        depth = self._depth(name)
+        undone = self._frames[depth or 0 :]
+        if depth is None:  # a savepoint that was set before we looked: nothing is sure any more
+            self.database_gave_up()
+            return
+        del self._frames[depth:]
+        self._frames.append(_Frame(name))
+        for frame in undone:
+            self._doomed |= frame.created
+
+    def end_root(self, outcome: Outcome, *, savepoints_held: bool = True) -> None:
+        """A root transaction is over; the next statement begins another one.
+
+        Args:
+            outcome: what `judge` said.
+            savepoints_held: False if it was no transaction at all, so that rolling back to a
+                savepoint of it proves nothing.
+        """
+        root = self._frames[0]
+        for frame in self._frames[1:]:
+            root.absorb(frame)
+        self._frames = [root]
+        if outcome is Outcome.COMMITTED:
+            self._committed.update(root.written)
+            self._committed_deletes |= self._deletes_done(root)
+            self._kept |= root.unclear.keys() - self._committed.keys()
+        elif outcome is Outcome.UNKNOWN:
+            if not savepoints_held:
+                self._doomed.clear()
+            self._in_doubt |= self._replaces.keys() - self._committed.keys() - self._lost()
+            self._in_doubt |= self._deletes.keys() - self._committed_deletes
+        self._forget_work(root)
+
+    # --- verdicts
+
+    def unclear(self) -> list[str]:
+        """New URIs that only statements without a row count have written."""
+        written = self._written()
+        unclear = {uri for frame in self._frames for uri in frame.unclear}
+        return sorted(unclear - written.keys())
+
+    def demand(self) -> Demand:
+        """Say what the transaction has not done that its results say it does."""
+        written = self._written()
+        replaced_here = set(self._replaces.values()) | self._deletes.keys()
+        settled = (
+            self._committed.keys() | self._lost() | self._in_doubt | self._kept | replaced_here
+        )
+        root = _Frame(None)
+        for frame in self._frames:
+            root.absorb(frame)
+        return Demand(
+            unwritten=tuple(
+                uri for uri in self._replaces if uri not in written and uri not in settled
+            ),
+            unreleased=tuple(
+                uri
+                for uri in self._deletes
+                if uri not in self._committed_deletes | self._in_doubt | self._deletes_done(root)
+            ),
+        )
+
+    def settle(self) -> Settlement:
+        """Say what may be deleted, after the last root transaction ended."""
+        doubt = self._in_doubt
+        certain = {uri: at for uri, at in self._committed.items() if uri not in doubt}
+        released = [
+            old
+            for new, at in certain.items()
+            if (old := self._replaces[new]) is not None and certain.get(old, 0) <= at
+        ]
+        released += [uri for uri in self._deletes if uri in self._committed_deletes]
+        kept = self._rehomed | doubt | self._kept
+        supersede = [uri for uri in dict.fromkeys(released) if uri not in kept]
+        compensate = [
+            uri
+            for uri in self._replaces
+            if uri not in kept and uri not in certain and uri not in supersede
+        ]
+        return Settlement(
+            compensate=tuple(compensate),
+            supersede=tuple(supersede),
+            undecided_created=tuple(uri for uri in self._replaces if uri in doubt),
+            undecided_superseded=tuple(
+                dict.fromkeys(
+                    [old for new, old in self._replaces.items() if old and new in doubt]
+                    + [uri for uri in self._deletes if uri in doubt]
+                )
+            ),
+        )
+
+    def keep_unwritten(self) -> tuple[str, ...]:
+        """Take the user's word that rows which we cannot see name these; return them."""
+        unwritten = self.demand().unwritten
+        self._kept |= set(unwritten)
+        return unwritten
+
+    # --- helpers
+
+    def _written(self) -> dict[str, int]:
+        root = _Frame(None)
+        for frame in self._frames:
+            root.absorb(frame)
+        return root.written
+
+    def _deletes_done(self, root: _Frame) -> set[str]:
+        missed = root.missed - root.released
+        return {
+            uri
+            for uri in self._deletes
+            if uri in root.released or (uri not in missed and root.removed_rows)
+        }
+
+    def _lost(self) -> set[str]:
+        """Doomed, and not written by what came afterwards."""
+        doomed = self._doomed - self._written().keys() - self._committed.keys()
+        return doomed | self._given_up
+
+    def _depth(self, name: str) -> int | None:
+        for depth in range(len(self._frames) - 1, 0, -1):
+            if self._frames[depth].name == name:
+                return depth
+        return None
+
+    @staticmethod
+    def _forget_work(frame: _Frame) -> None:
+        frame.written.clear()
+        frame.unclear.clear()
+        frame.unwritten.clear()
+        frame.missed.clear()
+        frame.released.clear()
+        frame.removed_rows = False

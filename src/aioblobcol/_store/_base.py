@@ -1,0 +1,241 @@
+"""What an object store does: the protocol, its values, and the life it shares with its requests.
+
+A store makes one request per verb; acts of many requests are built in `_transfer`. Invariants:
+a store never deletes outside its own bucket and prefix; `Runtime` owns every task that outlives
+a request, and a second delete that is still due when the store closes is made then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import heapq
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from .._sources import Payload
+from .._tasks import Background, run_to_end
+from .._uri import root_uri
+from ..errors import CleanUpError, ForeignUriError
+
+logger = logging.getLogger("aioblobcol.store")
+
+SLOWEST_BYTES_PER_SECOND = 256 * 1024
+"""A body may take this long on top of the time limit of its request (a slow uplink, 2 Mbit/s)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PutRequest:
+    """One object to be stored."""
+
+    column: str
+    uri: str
+    payload: Payload
+    metadata: Mapping[str, str]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What HEAD tells of an object; metadata names are in lower case, values decoded."""
+
+    uri: str
+    size: int
+    metadata: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeleteReport:
+    """What became of a clean-up.
+
+    Attributes:
+        deleted: URIs that are gone (also those that were gone before).
+        failed: URI to reason. These objects are still there, or may be.
+        kept: URI to reason. Left alone on purpose: not under this store's prefix, or shared.
+    """
+
+    deleted: tuple[str, ...] = ()
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def raise_for_failures(self) -> None:
+        """Raise `CleanUpError` if something could not be deleted.
+
+        Raises:
+            CleanUpError: with ``failed``; the other objects are gone.
+        """
+        if self.failed:
+            raise CleanUpError(self.failed)
+
+    def merged_with(self, other: DeleteReport) -> DeleteReport:
+        """Return one report of two clean-ups."""
+        return DeleteReport(
+            deleted=(*self.deleted, *other.deleted),
+            failed={**self.failed, **other.failed},
+            kept={**self.kept, **other.kept},
+        )
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where the bytes live. `S3Store` is the reference, `MemoryStore` the one for unit tests."""
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of every key, without slashes at its ends; ``""`` for the whole bucket."""
+
+    @property
+    def request_seconds(self) -> float:
+        """How long one request may take, its retries included and its body apart."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """What lives while the store is open.
+
+        Raises:
+            StoreClosedError: it is not open.
+        """
+
+    def check_put(self, request: PutRequest) -> None:
+        """Refuse what ``put`` would refuse, before anything is sent.
+
+        Raises:
+            InvalidPutArgumentsError: the arguments or the metadata are unusable.
+        """
+
+    async def put(self, request: PutRequest) -> bool:
+        """Store one object; tell whether the first attempt was answered (no retry was needed).
+
+        Raises:
+            StoreError: ``may_have_taken_effect`` tells whether the object may be there.
+        """
+
+    async def get(self, uri: str) -> bytes:
+        """Read one object.
+
+        Raises:
+            BlobNotFoundError: it is not there.
+            StoreError: it could not be read.
+        """
+
+    async def head(self, uri: str) -> ObjectInfo:
+        """Describe one object, with the same errors as ``get``."""
+
+    async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
+        """Delete objects; failures are in the report. ``uris`` were checked by `owned_uris`."""
+
+    def iter_uris(self) -> AsyncIterator[str]:
+        """List every object under the prefix."""
+
+
+def is_owned(store: Store, uri: str) -> bool:
+    """Tell whether *uri* lies under the store's own bucket and prefix."""
+    root = root_uri(store.bucket, store.prefix)
+    return uri.startswith(root) and len(uri) > len(root)
+
+
+def owned_uris(store: Store, uris: Collection[str]) -> list[str]:
+    """Return *uris* without repetitions.
+
+    Raises:
+        ForeignUriError: one lies outside; nothing was sent.
+    """
+    foreign = [uri for uri in uris if not is_owned(store, uri)]
+    if foreign:
+        raise ForeignUriError(
+            f"not under {root_uri(store.bucket, store.prefix)}, so never deleted through this "
+            f"store: {', '.join(foreign)}"
+        )
+    return list(dict.fromkeys(uris))
+
+
+def put_seconds(store: Store, request: PutRequest) -> float:
+    """Return how long one PUT may take with its body."""
+    return store.request_seconds + request.payload.size / SLOWEST_BYTES_PER_SECOND
+
+
+class Runtime:
+    """What lives while a store is open: its slots, its background work, its second deletes.
+
+    Bound to the event loop in which it was made.
+    """
+
+    def __init__(
+        self,
+        delete: Callable[[Sequence[str]], Awaitable[DeleteReport]],
+        *,
+        max_concurrency: int,
+        request_seconds: float,
+    ) -> None:
+        self.slots = asyncio.Semaphore(max_concurrency)
+        self.background = Background(limit=4 * max_concurrency)
+        self._delete = delete
+        self._request_seconds = request_seconds
+        self._due: list[tuple[float, int, str]] = []
+        self._number = itertools.count()
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def second_deletes(self) -> tuple[str, ...]:
+        """URIs that will be deleted once more, because their upload was never answered."""
+        return tuple(uri for _, _, uri in self._due)
+
+    def delete_again(self, uri: str, *, after_seconds: float) -> None:
+        """Delete *uri* once more after *after_seconds*: its lost PUT may take effect until then."""
+        heapq.heappush(self._due, (time.monotonic() + after_seconds, next(self._number), uri))
+        self._wake.set()
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep(), name="aioblobcol: second deletes")
+
+    async def close(self, *, drain_seconds: float) -> None:
+        """Finish what is under way; wait *drain_seconds* at most for second deletes to fall due.
+
+        Those that are not due by then are made at once.
+        """
+        await self.background.drain()
+        if self._sweeper is None or self._sweeper.done():
+            return
+        sweeper = self._sweeper
+
+        async def finish() -> None:
+            await asyncio.wait({sweeper}, timeout=drain_seconds)
+            self._closing = True
+            self._wake.set()
+            await asyncio.wait({sweeper})
+
+        await run_to_end(finish(), seconds=drain_seconds + 2 * self._request_seconds)
+
+    async def _sweep(self) -> None:
+        while self._due:
+            now = time.monotonic()
+            due = []
+            while self._due and (self._closing or self._due[0][0] <= now):
+                due.append(heapq.heappop(self._due)[2])
+            if due:
+                await self._delete_now(due)
+                continue
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._due[0][0] - now):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _delete_now(self, uris: list[str]) -> None:
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                report = await self._delete(uris)
+            failed = dict(report.failed)
+        except Exception as exc:  # any: the loop must go on with the others
+            failed = dict.fromkeys(uris, f"{type(exc).__name__}: {exc}")
+        for uri, reason in failed.items():
+            logger.error("second delete of %s failed: %s", uri, reason, extra={"uri": uri})

@@ -1,0 +1,554 @@
+"""S3 through aiobotocore: one request per verb, and the tuned client of `open_store`.
+
+`S3Store` works with a client of its own (opened by ``async with``) or with a borrowed one,
+which it never closes. Invariants: botocore's answers end here; per-key errors of DeleteObjects
+are read, and a key that the answer does not mention counts as not deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import weakref
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+from botocore.exceptions import ClientError
+from botocore.validate import ParamValidator
+
+from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
+from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
+from ._base import DeleteReport, ObjectInfo, PutRequest, Runtime, owned_uris
+from ._errors import translating, was_retried
+from ._metadata import decode_metadata, encode_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+KEYS_PER_REQUEST: Final = 1000
+"""Source: Amazon S3 API Reference, DeleteObjects (keys per request)."""
+
+DELETE_ROUNDS: Final = 3
+PARALLEL_DELETES: Final = 16
+
+_OWNED_ARGUMENTS: Final = frozenset({"Bucket", "Key", "Body"})
+_RETRYABLE: Final = frozenset(
+    {"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+)
+# What servers without a usable DeleteObjects answer to it (research: R2, B2, old MinIO, Ceph, GCS).
+_NO_BULK_DELETE: Final = frozenset(
+    {
+        "InvalidArgument",
+        "InvalidDigest",
+        "InvalidRequest",
+        "MalformedXML",
+        "MethodNotAllowed",
+        "MissingContentLength",
+        "MissingContentMD5",
+        "NotImplemented",
+        "XNotImplemented",
+    }
+)
+
+CompatName = Literal["aws", "generic", "r2", "b2"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compat:
+    """What a family of servers understands."""
+
+    checksum: Literal["crc32", "md5"]
+    response_checksums: Literal["when_supported", "when_required"]
+    addressing_style: Literal["path", "auto"]
+    region_name: str | None
+
+
+COMPAT: Final[Mapping[str, Compat]] = {
+    "aws": Compat("crc32", "when_supported", "auto", None),
+    # no default checksum trailers: over https they break servers; Content-MD5 is what they verify
+    "generic": Compat("md5", "when_required", "path", "us-east-1"),
+    "r2": Compat("crc32", "when_supported", "path", "auto"),
+    "b2": Compat("md5", "when_required", "path", None),
+}
+
+
+class S3Store:
+    """The objects under one prefix of one bucket, in S3 or a compatible server.
+
+    Made by `open_store`. An async context manager: it opens a client on entering and, on
+    leaving, finishes the background work and closes it. It can be entered again afterwards,
+    also in another event loop, but not twice at the same time.
+    """
+
+    def __init__(
+        self,
+        *,
+        bucket: str,
+        prefix: str,
+        compat: Compat,
+        client_arguments: Mapping[str, Any],
+        config: AioConfig | None,
+        max_concurrency: int,
+        request_seconds: float,
+        drain_seconds: float,
+    ) -> None:
+        self._bucket = check_bucket(bucket)
+        self._prefix = normalize_s3_prefix(prefix)
+        self._compat: Compat | None = compat
+        self._client_arguments = dict(client_arguments)
+        self._config = config
+        self._max_concurrency = max_concurrency
+        self._request_seconds = request_seconds
+        self._drain_seconds = drain_seconds
+        self._client: Any = None
+        self._runtime: Runtime | None = None
+        self._stack: contextlib.AsyncExitStack | None = None
+
+    def __repr__(self) -> str:
+        state = "open" if self._runtime is not None else "closed"
+        return f"<S3Store {root_uri(self._bucket, self._prefix)} ({state})>"
+
+    @classmethod
+    def borrow(cls, client: Any, *, bucket: str, prefix: str) -> S3Store:
+        """Wrap a client that somebody else opened and will close."""
+        store = cls(
+            bucket=bucket,
+            prefix=prefix,
+            compat=COMPAT["aws"],
+            client_arguments={},
+            config=None,
+            max_concurrency=32,
+            request_seconds=60,
+            drain_seconds=10,
+        )
+        store._compat = None  # its checksums are its owner's choice
+        store._client = client
+        store._runtime = _runtime_of(client)
+        return store
+
+    async def __aenter__(self) -> Self:
+        if self._client is not None or self._stack is not None:
+            raise StoreClosedError(f"{self!r} is entered already; open it once, at start-up")
+        async with contextlib.AsyncExitStack() as stack:
+            self._stack = stack
+            try:
+                self._client = await self._open_client(stack)
+            except BaseException:
+                self._stack = None
+                raise
+            self._stack = stack.pop_all()
+        self._runtime = Runtime(
+            self.delete_many,
+            max_concurrency=self._max_concurrency,
+            request_seconds=self._request_seconds,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        runtime, stack = self._runtime, self._stack
+        if runtime is None or stack is None:
+            return
+        try:
+            await runtime.close(drain_seconds=self._drain_seconds)
+        finally:
+            self._client = self._runtime = self._stack = None
+            await stack.aclose()
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+        return self._bucket
+
+    @property
+    def prefix(self) -> str:
+        """The prefix, without slashes at its ends."""
+        return self._prefix
+
+    @property
+    def request_seconds(self) -> float:
+        """How long one request may take, its retries included and its body apart."""
+        return self._request_seconds
+
+    @property
+    def runtime(self) -> Runtime:
+        """What lives while the store is open.
+
+        Raises:
+            StoreClosedError: it is not open.
+        """
+        if self._runtime is None:
+            raise StoreClosedError(
+                f"{self!r}: enter it first, `async with store:` around the application's life"
+            )
+        return self._runtime
+
+    @property
+    def client(self) -> Any:
+        """The aiobotocore client, for everything that the library does not do.
+
+        Raises:
+            StoreClosedError: the store is not open.
+        """
+        self.runtime  # noqa: B018 - raises when closed
+        return self._client
+
+    def check_put(self, request: PutRequest) -> None:
+        """Refuse arguments that ``put_object`` does not take, before anything is sent.
+
+        Raises:
+            InvalidPutArgumentsError: unknown, wrongly typed, or owned by the library.
+        """
+        owned = sorted(_OWNED_ARGUMENTS.intersection(request.arguments))
+        if owned:
+            raise InvalidPutArgumentsError(
+                f"column {request.column!r}: {', '.join(owned)} is set by the library"
+            )
+        model = self.client.meta.service_model.operation_model("PutObject")
+        report = ParamValidator().validate(self._put_arguments(request), model.input_shape)
+        unknown = sorted(set(request.arguments) - set(model.input_shape.members))
+        if unknown or report.has_errors():
+            reason = report.generate_report() or f"put_object does not take {', '.join(unknown)}"
+            raise InvalidPutArgumentsError(f"column {request.column!r}: {reason}")
+
+    async def put(self, request: PutRequest) -> bool:
+        """Store one object; tell whether the first attempt was answered.
+
+        Raises:
+            StoreError: ``may_have_taken_effect`` tells whether the object may be there.
+        """
+        with translating("put", request.uri):
+            answer = await self.client.put_object(**self._put_arguments(request))
+        return not was_retried(answer)
+
+    async def get(self, uri: str) -> bytes:
+        """Read one object.
+
+        Raises:
+            BlobNotFoundError: it is not there.
+            StoreError: it could not be read.
+        """
+        bucket, key = split_s3_uri(uri)
+        with translating("get", uri):
+            answer = await self.client.get_object(Bucket=bucket, Key=key)
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+        return data
+
+    async def head(self, uri: str) -> ObjectInfo:
+        """Describe one object.
+
+        Raises:
+            BlobNotFoundError: it is not there.
+            StoreError: the server did not say.
+        """
+        bucket, key = split_s3_uri(uri)
+        with translating("head", uri):
+            answer = await self.client.head_object(Bucket=bucket, Key=key)
+        return ObjectInfo(
+            uri=uri,
+            size=int(answer["ContentLength"]),
+            metadata=decode_metadata(answer.get("Metadata", {})),
+        )
+
+    async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
+        """Delete objects, 1,000 per request, requests in parallel; refused keys are tried again.
+
+        Args:
+            uris: under this store's bucket and prefix; any other is refused before the first
+                request. One URI is one DeleteObject; a server that refuses DeleteObjects gets
+                single requests from then on.
+
+        Returns:
+            ``deleted`` (also what was gone already) and ``failed`` with S3's reason.
+
+        Raises:
+            ForeignUriError: a URI lies outside; nothing was sent.
+            StoreClosedError: the store or the client is not open.
+        """
+        left = owned_uris(self, uris)
+        failed: dict[str, str] = {}
+        for attempt in range(DELETE_ROUNDS):
+            if attempt:
+                await asyncio.sleep(0.1 * 2**attempt)  # Source: AWS guidance, exponential back-off
+            failed, again = await self._delete_round(left, failed)
+            if not again:
+                break
+            left = again
+        return DeleteReport(
+            deleted=tuple(uri for uri in dict.fromkeys(uris) if uri not in failed), failed=failed
+        )
+
+    async def iter_uris(self) -> AsyncIterator[str]:
+        """List every object under the prefix, in the order of the keys' bytes."""
+        root = root_uri(self._bucket, self._prefix)
+        arguments: dict[str, Any] = {"Bucket": self._bucket}
+        if self._prefix:
+            arguments["Prefix"] = f"{self._prefix}/"
+        while True:
+            with translating("list", root):
+                page = await self.client.list_objects_v2(**arguments)
+            for entry in page.get("Contents", ()):
+                yield f"s3://{self._bucket}/{entry['Key']}"
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def _open_client(self, stack: contextlib.AsyncExitStack) -> Any:
+        assert self._compat is not None
+        # http cannot protect a body but by its signature; the endpoint may come from a profile,
+        # so that only the client knows it
+        for sign_payload in (False, True):
+            config = _tuned_config(self._compat, sign_payload=sign_payload)
+            if self._config is not None:
+                config = config.merge(self._config)
+            context = get_session().create_client(
+                "s3",
+                **{"region_name": self._compat.region_name, **self._client_arguments},
+                config=config,
+            )
+            client = await context.__aenter__()
+            if sign_payload or client.meta.endpoint_url.startswith("https:"):
+                break
+            await context.__aexit__(None, None, None)
+        stack.push_async_exit(context)
+        client.meta.events.register_last("before-call.s3", _no_expect)
+        if self._compat.checksum == "md5":
+            client.meta.events.register_last("before-call.s3.DeleteObjects", _content_md5)
+        return client
+
+    def _put_arguments(self, request: PutRequest) -> dict[str, Any]:
+        bucket, key = split_s3_uri(request.uri)
+        arguments = {
+            **request.arguments,
+            "Bucket": bucket,
+            "Key": key,
+            "Body": request.payload.body,
+            "Metadata": encode_metadata(request.metadata),
+        }
+        has_checksum = any(
+            name == "ContentMD5" or name.startswith("Checksum") for name in request.arguments
+        )
+        if self._compat is not None and not has_checksum:
+            arguments.update(_checksum(self._compat, request))
+        return arguments
+
+    async def _delete_round(
+        self, uris: list[str], failed_before: Mapping[str, str]
+    ) -> tuple[dict[str, str], list[str]]:
+        """Try all of *uris* once; return what failed for good or again, and what to try again."""
+        slots = asyncio.Semaphore(PARALLEL_DELETES)
+        size = 1 if self.client in _without_bulk_delete else KEYS_PER_REQUEST
+
+        async def chunk(part: list[str]) -> dict[str, tuple[str, bool]]:
+            async with slots:
+                if len(part) == 1:
+                    return await self._delete_one(part[0])
+                return await self._delete_bulk(part)
+
+        parts = [uris[start : start + size] for start in range(0, len(uris), size)]
+        failed = {uri: reason for uri, reason in failed_before.items() if uri not in uris}
+        again: list[str] = []
+        for refused in await asyncio.gather(*(chunk(part) for part in parts)):
+            for uri, (reason, is_worth_retrying) in refused.items():
+                failed[uri] = reason
+                if is_worth_retrying:
+                    again.append(uri)
+        return failed, again
+
+    async def _delete_one(self, uri: str) -> dict[str, tuple[str, bool]]:
+        bucket, key = split_s3_uri(uri)
+        try:
+            with translating("delete", uri):
+                await self.client.delete_object(Bucket=bucket, Key=key)
+        except StoreError as exc:
+            if exc.code.split(" ")[0] in {"NoSuchKey", "404"}:
+                return {}
+            return {uri: (exc.code, exc.may_have_taken_effect)}
+        return {}
+
+    async def _delete_bulk(self, uris: list[str]) -> dict[str, tuple[str, bool]]:
+        keys = {split_s3_uri(uri)[1]: uri for uri in uris}
+        request = {"Objects": [{"Key": key} for key in keys]}
+        try:
+            with translating("delete", uris[0]):
+                answer = await self._delete_objects(request)
+        except StoreError as exc:
+            return dict.fromkeys(uris, (exc.code, exc.may_have_taken_effect))
+        if answer is None:
+            _without_bulk_delete.add(self.client)
+            return dict.fromkeys(uris, ("DeleteObjects is not supported", True))
+        refused = {
+            error["Key"]: error.get("Code", "unknown")
+            for error in answer.get("Errors", ())
+            if error.get("Code") != "NoSuchKey"
+        }
+        confirmed = {entry["Key"] for entry in answer.get("Deleted", ())}
+        confirmed.update(e["Key"] for e in answer.get("Errors", ()) if e.get("Code") == "NoSuchKey")
+        outcome = {keys[key]: (code, code in _RETRYABLE) for key, code in refused.items()}
+        for key, uri in keys.items():
+            if key not in refused and key not in confirmed:
+                outcome[uri] = ("the server did not mention this key", True)
+        return outcome
+
+    async def _delete_objects(self, request: Mapping[str, Any]) -> Any:
+        """Return the answer, or None from a server that does not take the bulk request."""
+        try:
+            return await self.client.delete_objects(Bucket=self._bucket, Delete=request)
+        except ClientError as exc:
+            status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = exc.response.get("Error", {}).get("Code")
+            if code in _NO_BULK_DELETE or status in {405, 411, 501}:
+                return None
+            raise
+
+
+def open_store(
+    *,
+    bucket: str,
+    prefix: str = "",
+    endpoint_url: str | None = None,
+    region_name: str | None = None,
+    compat: CompatName = "aws",
+    max_concurrency: int = 32,
+    request_seconds: float = 60,
+    drain_seconds: float = 10,
+    config: AioConfig | None = None,
+    **client_arguments: Any,
+) -> S3Store:
+    """Describe a store; does no I/O, so it may stand at module level.
+
+    ``async with store:`` opens a tuned client: a pool of 64 connections, no
+    ``Expect: 100-continue`` round trip, our own checksum of each body, three attempts.
+
+    Args:
+        bucket: the bucket's name; it must exist.
+        prefix: of every key; slashes at its ends are ignored. Nothing outside is ever deleted.
+        endpoint_url: of an S3-compatible server; by default AWS, or what the environment says.
+        region_name: by default what the environment or the profile says.
+        compat: what the server understands: ``aws`` (own CRC32), ``generic`` (Ceph, MinIO,
+            Swift, ...: Content-MD5, path addressing, no checksum trailers), ``r2`` or ``b2``.
+        max_concurrency: uploads on the wire at once, over all requests of the application.
+        request_seconds: how long one request may take with its retries; a body has one second
+            more per 256 KiB.
+        drain_seconds: how long closing waits for second deletes of unanswered uploads to fall
+            due; then they are made at once.
+        config: an `AioConfig` whose options go over ours.
+        client_arguments: whatever else aiobotocore's ``create_client`` takes (credentials,
+            ``verify``, ``use_ssl``, ...). Credentials come from the environment by default.
+
+    Raises:
+        InvalidBucketError, InvalidPrefixError: unusable names.
+        InvalidInputError: an unknown ``compat``, or a limit that is not positive.
+    """
+    if compat not in COMPAT:
+        raise InvalidInputError(f"compat is one of {', '.join(COMPAT)}, not {compat!r}")
+    if max_concurrency < 1 or request_seconds <= 0 or drain_seconds < 0:
+        raise InvalidInputError("max_concurrency and request_seconds are positive")
+    given = {"endpoint_url": endpoint_url, "region_name": region_name}
+    return S3Store(
+        bucket=bucket,
+        prefix=prefix,
+        compat=COMPAT[compat],
+        client_arguments={
+            **{name: value for name, value in given.items() if value is not None},
+            **client_arguments,
+        },
+        config=config,
+        max_concurrency=max_concurrency,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+    )
+
+
+def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
+    return AioConfig(
+        max_pool_connections=64,  # the default of 10 makes the 11th request wait
+        user_agent=f"aioblobcol/{version('aioblobcol')}",  # the default costs 13 % of a request
+        retries={"mode": "standard", "max_attempts": 3},
+        connect_timeout=5,
+        read_timeout=30,
+        request_checksum_calculation="when_required",  # we send our own, see Compat
+        response_checksum_validation=compat.response_checksums,
+        s3={
+            "addressing_style": compat.addressing_style,
+            **({} if sign_payload else {"payload_signing_enabled": False}),
+        },
+        warm_up_loader_caches=True,  # reads the service model in a thread
+    )
+
+
+def _checksum(compat: Compat, request: PutRequest) -> dict[str, str]:
+    payload = request.payload
+    if compat.checksum == "md5":
+        return {"ContentMD5": base64.b64encode(bytes.fromhex(payload.md5)).decode("ascii")}
+    return {"ChecksumCRC32": base64.b64encode(payload.crc32.to_bytes(4, "big")).decode("ascii")}
+
+
+def _no_expect(params: dict[str, Any], **_: Any) -> None:
+    # Returns None on purpose: anything else is taken as the response (botocore).
+    params["headers"].pop("Expect", None)
+
+
+def _content_md5(params: dict[str, Any], **_: Any) -> None:
+    body = params["body"]
+    digest = hashlib.md5(body, usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode("ascii")
+    params["context"].pop("checksum", None)  # or botocore adds its CRC32 as well
+
+
+# Clients whose server refused DeleteObjects: remembered for as long as the client lives.
+_without_bulk_delete: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_runtimes: weakref.WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, Runtime]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _runtime_of(client: Any) -> Runtime:
+    """Return the one runtime of a borrowed client (in this loop), so that its limits hold."""
+    loop = asyncio.get_running_loop()
+    known = _runtimes.get(client)
+    if known is None or known[0] is not loop:
+        reference = weakref.ref(client)  # the dictionary's value must not keep its key alive
+
+        async def delete(uris: Sequence[str]) -> DeleteReport:
+            return await _delete_anywhere(reference(), uris)
+
+        runtime = Runtime(delete, max_concurrency=32, request_seconds=60)
+        known = _runtimes[client] = (loop, runtime)
+    return known[1]
+
+
+async def drain(s3_client: Any) -> None:
+    """Finish the background work that borrowing *s3_client* left behind; call it before closing.
+
+    Uploads that were never answered are deleted a second time now. `open_store` does this by
+    itself when it closes.
+    """
+    known = _runtimes.get(s3_client)
+    if known is not None:
+        await known[1].close(drain_seconds=0)
+        del _runtimes[s3_client]
+
+
+async def _delete_anywhere(client: Any, uris: Sequence[str]) -> DeleteReport:
+    if client is None:
+        raise StoreClosedError("the S3 client is gone")
+    report = DeleteReport()
+    for bucket in dict.fromkeys(split_s3_uri(uri)[0] for uri in uris):
+        mine = [uri for uri in uris if split_s3_uri(uri)[0] == bucket]
+        store = S3Store.borrow(client, bucket=bucket, prefix="")
+        report = report.merged_with(await store.delete_many(mine))
+    return report

@@ -1,0 +1,97 @@
+"""Reflexes of asyncio: what must be finished is finished, and every task has an owner.
+
+Invariants: a cancellation is never swallowed, it goes on once the work is done; the work is
+bounded in time; a `Background` knows its tasks until they have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable
+
+T = TypeVar("T")
+
+logger = logging.getLogger("aioblobcol")
+
+
+async def wait_through(tasks: Iterable[asyncio.Task[Any]]) -> asyncio.CancelledError | None:
+    """Wait until all *tasks* have ended, also while we are being cancelled.
+
+    Returns the cancellation that arrived meanwhile, for the caller to raise; the tasks
+    themselves are left alone.
+    """
+    waiting = set(tasks)
+    interrupted: asyncio.CancelledError | None = None
+    while waiting:
+        try:
+            # asyncio.wait, unlike `await task`, does not hand our cancellation on to the task
+            _, waiting = await asyncio.wait(waiting)
+        except asyncio.CancelledError as exc:
+            interrupted = exc
+            waiting = {task for task in waiting if not task.done()}
+    return interrupted
+
+
+async def run_to_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
+    """Finish *work* although the caller is cancelled meanwhile, then let the cancel through.
+
+    Raises:
+        TimeoutError: the work took longer than *seconds* and was cancelled.
+        asyncio.CancelledError: the caller was cancelled; what the work raised is its cause.
+    """
+
+    async def bounded() -> T:
+        async with asyncio.timeout(seconds):
+            return await work
+
+    task = asyncio.create_task(bounded(), name="aioblobcol: run to end")
+    interrupted = await wait_through([task])
+    if interrupted is not None:
+        raise interrupted from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+class Background:
+    """Work that outlives the request that asked for it; owned here, drained at the end."""
+
+    def __init__(self, *, limit: int) -> None:
+        self._limit = limit
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def submit(self, work: Coroutine[Any, Any, None], *, seconds: float) -> None:
+        """Start *work*, or, with *limit* tasks under way already, do it before returning."""
+        if len(self._tasks) >= self._limit:  # back-pressure: the caller pays
+            await run_to_end(_logged(work), seconds=seconds)
+            return
+        task = asyncio.create_task(_bounded(work, seconds), name="aioblobcol: background")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Wait for everything that was submitted; each is bounded in time by itself."""
+        while self._tasks:
+            interrupted = await wait_through(tuple(self._tasks))
+            if interrupted is not None:
+                raise interrupted
+
+
+async def _bounded(work: Coroutine[Any, Any, None], seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await _logged(work)
+    except TimeoutError:
+        logger.error("background work was given up after %s seconds", seconds)
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception:  # nobody awaits the result: the log is where it can be seen
+        logger.exception("background work failed")

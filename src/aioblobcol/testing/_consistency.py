@@ -1,0 +1,68 @@
+"""The question after every test: do the rows and the objects agree?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ..errors import StoreError
+
+if TYPE_CHECKING:
+    from .._store._base import Store
+
+
+async def assert_consistent(
+    store: Store,
+    engine: AsyncEngine,
+    columns: Sequence[Any],
+    *,
+    orphans: Collection[str] = (),
+) -> dict[str, bytes]:
+    """Assert that every committed URI is readable and that nothing else is under the prefix.
+
+    Call it when no transaction is under way.
+
+    Args:
+        store: open.
+        engine: of the database.
+        columns: every column that holds URIs, such as ``[Task.html, Task.image]``.
+        orphans: URIs that are expected without a row: exactly these.
+
+    Returns:
+        URI to bytes, of what the rows name.
+
+    Raises:
+        AssertionError: a LOSS (a row names an object that is missing or holds other bytes than
+            its SHA-256 says), an object that two cells name, or an orphan too many or too few.
+    """
+    named: list[str] = []
+    async with engine.connect() as connection:
+        for column in columns:
+            found = await connection.scalars(select(column).where(column.is_not(None)))
+            named.extend(found.all())
+    twice = sorted({uri for uri in named if named.count(uri) > 1})
+    assert not twice, f"named by two cells: {twice}"
+    contents: dict[str, bytes] = {}
+    losses: dict[str, str] = {}
+    for uri in named:
+        try:
+            info, body = await store.head(uri), await store.get(uri)
+        except StoreError as exc:
+            losses[uri] = str(exc)
+            continue
+        contents[uri] = body
+        expected = info.metadata.get("sha256")
+        if expected is not None and expected != hashlib.sha256(body).hexdigest():
+            losses[uri] = "holds other bytes than its SHA-256 says"
+    assert not losses, f"LOSS: {losses}"
+    present = {uri async for uri in store.iter_uris()}
+    found_orphans = present - set(named)
+    unexpected = found_orphans - set(orphans)
+    assert not unexpected, f"LEAK: no row names {sorted(unexpected)}"
+    missing = set(orphans) - found_orphans
+    assert not missing, f"expected as orphans, but not there: {sorted(missing)}"
+    return contents
