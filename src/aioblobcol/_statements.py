@@ -67,32 +67,9 @@ _SECOND_CONTROL = re.compile(
 
 _ENDS = frozenset({"COMMIT", "END", "ABORT", "ROLLBACK"})
 # Source: MySQL manual, "Statements That Cause an Implicit Commit".
-_MYSQL_ENDS = frozenset(
-    [
-        "ALTER",
-        "ANALYZE",
-        "BEGIN",
-        "CACHE",
-        "CHANGE",
-        "CHECK",
-        "CREATE",
-        "DROP",
-        "FLUSH",
-        "GRANT",
-        "INSTALL",
-        "LOAD",
-        "LOCK",
-        "OPTIMIZE",
-        "RENAME",
-        "REPAIR",
-        "RESET",
-        "REVOKE",
-        "START",
-        "STOP",
-        "TRUNCATE",
-        "UNINSTALL",
-        "UNLOCK",
-    ]
+_MYSQL_ENDS = re.compile(
+    "ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD|LOCK|OPTIMIZE|"
+    "RENAME|REPAIR|RESET|REVOKE|START|STOP|TRUNCATE|UNINSTALL|UNLOCK"
 )
 
 
@@ -115,7 +92,7 @@ def read_statement(text: str, *, dialect: str) -> Statement:
             return Statement(kind, name=found["name"].rstrip(";").strip('"`').lower())
     if word in _ENDS or (word == "PREPARE" and "TRANSACTION" in text.upper()):
         return Statement(Kind.CONTROL)
-    if word in _MYSQL_ENDS and dialect in {"mysql", "mariadb"}:
+    if dialect in {"mysql", "mariadb"} and _MYSQL_ENDS.fullmatch(word):
         return Statement(Kind.CONTROL)
     return _read_write(word, text[start:])
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from sqlalchemy import ColumnElement, Table, and_
+from sqlalchemy import ColumnElement, Table, and_, true
 
 from ._sources import BlobSource, Payload, check_source, read_payloads
 from ._store._base import DeleteReport, ObjectInfo, PutRequest, Store, owned_uris
@@ -482,7 +482,7 @@ def guard(entity: Any, **old_s3_uris: str | None) -> ColumnElement[bool]:
         if column is None:
             raise InvalidColumnError(f"{entity!r} has no column {name!r}")
         conditions.append(column.is_not_distinct_from(uri))
-    return and_(True, *conditions)
+    return and_(true(), *conditions)
 
 
 async def is_s3_object_exists(s3_client: Any, bucket: str, key: str) -> bool:
