@@ -32,6 +32,7 @@ class Facts:
         doubtful: a statement failed after which none succeeded, and no probe was sent.
         refused: the server answered COMMIT with an error that means "rolled back".
         answered: the server answered COMMIT with some error, on an intact connection.
+        rollback_sent: ROLLBACK is on its way, or was answered.
         rollback_failed: ROLLBACK raised.
         still_open: SQLite's own word, read after ROLLBACK.
         connections: how many took part; two do not commit at one moment.
@@ -46,6 +47,7 @@ class Facts:
     doubtful: bool = False
     refused: bool = False
     answered: bool = False
+    rollback_sent: bool = False
     rollback_failed: bool = False
     still_open: bool | None = None
     connections: int = 0

@@ -177,20 +177,21 @@ class TransactionWatch:
         if kind is not Kind.DELETE and pending.named:
             self.ledger.rehomed(_values_set(context))
 
-    def failed(self, connection: Connection, cursor: Any, error: ExceptionContext) -> None:
+    def failed(self, connection: Connection, error: ExceptionContext) -> None:
         """Something on the connection raised."""
-        pending = self._pending.pop(id(cursor), None) if cursor is not None else None
+        cursor = getattr(error.execution_context, "cursor", None)
+        pending = self._pending.pop(id(cursor), None)
         self.facts.doubtful = True
         if pending is not None and pending.was_in_transaction and not _in_transaction(connection):
             self.was_given_up = True
             self.ledger.database_gave_up()
-        if error.statement is not None:
-            return
+        if error.execution_context is not None:
+            return  # a statement, or fetching its rows
         if self.facts.commit_sent and not self.facts.acknowledged:
             original = error.original_exception
             self.facts.answered = isinstance(original, Exception) and not error.is_disconnect
             self.facts.refused = self.facts.answered and is_refusal(_sqlstate(original))
-        elif not self.facts.commit_sent:
+        elif self.facts.rollback_sent:
             self.facts.rollback_failed = True
 
     def acknowledged(self) -> None:
@@ -403,7 +404,7 @@ def _handle_error(error: ExceptionContext) -> None:
     connection = error.connection
     watched = _by_connection.get(connection) if connection is not None else None
     if watched is not None and connection is not None:
-        watched.failed(connection, error.cursor, error)
+        watched.failed(connection, error)
 
 
 def _commit(connection: Connection) -> None:
@@ -411,6 +412,12 @@ def _commit(connection: Connection) -> None:
     if watched is not None:
         watched.facts.doubtful = watched.is_doubtful
         watched.facts.commit_sent = True
+
+
+def _rollback(connection: Connection) -> None:
+    watched = _by_connection.get(connection)
+    if watched is not None:
+        watched.facts.rollback_sent = True
 
 
 def _commit_twophase(connection: Connection, _xid: Any, _is_prepared: bool) -> None:
@@ -433,6 +440,7 @@ _ENGINE_LISTENERS = (
     ("after_cursor_execute", _after_cursor_execute),
     ("handle_error", _handle_error),
     ("commit", _commit),
+    ("rollback", _rollback),
     ("commit_twophase", _commit_twophase),
     ("prepare_twophase", _prepare_twophase),
     ("savepoint", _savepoint),

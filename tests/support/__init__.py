@@ -1,0 +1,1 @@
+"""What the tests share: a table, databases, proxies that break the wire, and counted awaits."""
