@@ -1,0 +1,126 @@
+"""The commands and their options.
+
+Results go to stdout, trouble to stderr in one line. Exit code 0: all held; 1: something did
+not, or a server could not be used; 2: an option is unusable; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..errors import AioBlobColError
+from ._printing import show_end, show_scene, show_servers
+from ._scenarios import SCENARIOS, describe, play
+from ._servers import CannotRunError, Options, UsageError, check, open_servers
+
+INTERRUPTED: Final = 130
+"""Source: POSIX shells, 128 plus the signal's number."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Large binary columns in S3, their URIs in the row, and both stores always agree.",
+)
+
+
+def _show_version(*, is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"aioblobcol {version('aioblobcol')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    *,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda value: _show_version(is_wanted=value),
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Say which options stand before a command."""
+
+
+@app.command()
+def demo(
+    *,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Async SQLAlchemy URL, such as postgresql+asyncpg://user:password@host/database. "
+            "A table of its own is created there and dropped again.",
+            show_default="a SQLite file, temporary",
+        ),
+    ] = None,
+    s3_endpoint: Annotated[
+        str | None,
+        typer.Option(help="URL of an S3-compatible server; needs --bucket.", show_default="AWS"),
+    ] = None,
+    bucket: Annotated[
+        str | None,
+        typer.Option(
+            help="An existing bucket. Credentials come from the environment or a profile.",
+            show_default="moto's S3 server, in process",
+        ),
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(help="The bucket's region.", show_default="the environment's")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="The demo's objects go under a new name below this prefix.")
+    ] = "aioblobcol-demo",
+) -> None:
+    """Create, update and delete a row with two blobs, let some of it fail, and check both stores.
+
+    Runs on nothing but this package by default; with options, on real servers.
+    """
+    options = Options(
+        database_url=database_url,
+        s3_endpoint=s3_endpoint,
+        bucket=bucket,
+        region=region,
+        prefix=prefix,
+    )
+    try:
+        check(options)
+        all_held = asyncio.run(run_demo(options, Console()))
+    except UsageError as exc:
+        raise typer.BadParameter(str(exc), param_hint=exc.option) from exc
+    except (CannotRunError, AioBlobColError, SQLAlchemyError) as exc:
+        text = str(exc) if isinstance(exc, CannotRunError) else f"stopped: {describe(exc)}"
+        typer.echo(f"aioblobcol demo: {text}", err=True)
+        raise typer.Exit(1) from exc
+    except KeyboardInterrupt as exc:
+        typer.echo("aioblobcol demo: interrupted, and tidied up", err=True)
+        raise typer.Exit(INTERRUPTED) from exc
+    if not all_held:
+        typer.echo("aioblobcol demo: an invariant does not hold, see BAD above", err=True)
+        raise typer.Exit(1)
+
+
+async def run_demo(options: Options, console: Console) -> bool:
+    """Play the scenarios in order, up to the first that goes wrong; tell whether all held.
+
+    Raises:
+        CannotRunError: a server cannot be used.
+    """
+    async with open_servers(options) as servers:
+        show_servers(console, servers)
+        for number, scenario in enumerate(SCENARIOS, start=1):
+            scene = await play(scenario, engine=servers.engine, store=servers.store)
+            show_scene(console, scene, number=number, of=len(SCENARIOS))
+            if scene.problems:
+                return False
+    show_end(console, scenes=len(SCENARIOS))
+    return True
