@@ -15,7 +15,7 @@ from ._statements import Evidence
 from .errors import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,6 +28,7 @@ class Facts:
         foreign_control: COMMIT, ROLLBACK or DDL that commits was sent as a plain statement.
         prepared: PREPARE TRANSACTION was sent (two-phase).
         commit_sent: COMMIT is on its way, or was answered.
+        commit_failed: COMMIT, or waiting for its answer, raised.
         acknowledged: COMMIT was answered without an error, on every connection.
         doubtful: a statement failed after which none succeeded, and no probe was sent.
         refused: the server answered COMMIT with an error that means "rolled back".
@@ -43,6 +44,7 @@ class Facts:
     foreign_control: bool = False
     prepared: bool = False
     commit_sent: bool = False
+    commit_failed: bool = False
     acknowledged: bool = False
     doubtful: bool = False
     refused: bool = False
@@ -305,13 +307,9 @@ class Ledger:
         """Say what may be deleted, after the last root transaction ended."""
         doubt = self._in_doubt
         certain = {uri: at for uri, at in self._committed.items() if uri not in doubt}
-        released = [
-            old
-            for new, at in certain.items()
-            if (old := self._replaces[new]) is not None and certain.get(old, 0) <= at
-        ]
-        released += [uri for uri in self._deletes if uri in self._committed_deletes]
         kept = self._rehomed | doubt | self._kept
+        released = [old for new in certain for old in self._replaced_by(new, certain, kept)]
+        released += [uri for uri in self._deletes if uri in self._committed_deletes]
         supersede = [uri for uri in dict.fromkeys(released) if uri not in kept]
         compensate = [
             uri
@@ -352,9 +350,19 @@ class Ledger:
             if uri in root.released or (uri not in missed and root.removed_rows)
         }
 
+    def _replaced_by(
+        self, new: str, certain: Mapping[str, int], kept: Collection[str]
+    ) -> Iterator[str]:
+        """Follow the chain of what a written URI replaces, over those that went into no row."""
+        at, old = certain[new], self._replaces[new]
+        while old is not None and old not in kept and certain.get(old, 0) <= at:
+            yield old
+            old = None if old in certain else self._replaces.get(old)
+
     def _lost(self) -> set[str]:
-        """Doomed, and not written by what came afterwards."""
-        doomed = self._doomed - self._written().keys() - self._committed.keys()
+        """Doomed, and not written, as far as is known, by what came afterwards."""
+        unclear = {uri for frame in self._frames for uri in frame.unclear}
+        doomed = self._doomed - self._written().keys() - unclear - self._committed.keys()
         return doomed | self._given_up
 
     def _depth(self, name: str) -> int | None:

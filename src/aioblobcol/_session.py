@@ -88,6 +88,7 @@ class TransactionWatch:
         self.is_open = False  # a root transaction uses a connection
         self.connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._session = weakref.ref(session)
+        self._modes: weakref.WeakKeyDictionary[Connection, Mode] = weakref.WeakKeyDictionary()
         self._pending: dict[int, _Pending] = {}
 
     @property
@@ -107,7 +108,7 @@ class TransactionWatch:
 
     def adopt(self, connection: Connection) -> None:
         """Follow a connection that the session uses, or refuse it."""
-        mode = mode_of(connection)
+        mode = self._modes[connection] = mode_of(connection)
         self.is_open = True
         self.connections.add(connection)
         self.facts.connections = len(self.connections)
@@ -115,11 +116,15 @@ class TransactionWatch:
         _by_connection[connection] = self
         _listen_to_engine(connection.engine)
         if mode is Mode.AUTOCOMMIT:
-            self.facts.autocommit = True
             raise UnsafeTransactionError(AUTOCOMMIT_REFUSED)
         if connection.in_nested_transaction():
             self.facts.foreign_control = True
             raise UnsafeTransactionError(NOT_OWNED_REFUSED.format(what="another savepoint"))
+
+    def check_savepoint(self, connection: Connection) -> None:
+        """Refuse a savepoint that might not be undone with its transaction."""
+        if self._modes.get(connection) is Mode.LEGACY_SQLITE:
+            raise UnsafeTransactionError(SAVEPOINT_REFUSED)
 
     def sends(
         self, connection: Connection, cursor: Any, text: str, parameters: Any, *, executemany: bool
@@ -128,6 +133,8 @@ class TransactionWatch:
         statement = read_statement(text, dialect=connection.dialect.name)
         named: set[str] = set()
         changes_before: int | None = None
+        if self._modes.get(connection) is Mode.AUTOCOMMIT:
+            self.facts.autocommit = True  # somebody swallowed our refusal
         if statement.kind is Kind.CONTROL:
             self.facts.foreign_control = True
         elif statement.kind.changes_rows:
@@ -188,6 +195,7 @@ class TransactionWatch:
         if error.execution_context is not None:
             return  # a statement, or fetching its rows
         if self.facts.commit_sent and not self.facts.acknowledged:
+            self.facts.commit_failed = True
             original = error.original_exception
             self.facts.answered = isinstance(original, Exception) and not error.is_disconnect
             self.facts.refused = self.facts.answered and is_refusal(_sqlstate(original))
@@ -199,6 +207,20 @@ class TransactionWatch:
         if self.facts.commit_sent:
             self.facts.acknowledged = True
             self.facts.doubtful |= self.was_given_up
+
+    def look_for_acknowledgement(self) -> None:
+        """Find a COMMIT that was answered although a listener of the user's raised before ours.
+
+        SQLAlchemy forgets a connection's transaction when COMMIT was answered without an error,
+        and keeps it otherwise.
+        """
+        if not self.facts.commit_sent or self.facts.acknowledged or self.facts.commit_failed:
+            return
+        if self.connections and all(
+            not c.closed and not c.invalidated and c.get_transaction() is None
+            for c in self.connections
+        ):
+            self.acknowledged()
 
     def rolled_back(self) -> None:
         """ROLLBACK was answered; the connections are still ours."""
@@ -259,7 +281,7 @@ async def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
     watched = TransactionWatch(sync, ledger)
     for name, listener in _SESSION_LISTENERS:
         if not event.contains(sync, name, listener):
-            event.listen(sync, name, listener)
+            event.listen(sync, name, listener, insert=True)
     _by_session[sync] = watched
     try:
         if session.in_transaction() and sync.bind is not None:
@@ -309,13 +331,13 @@ def mode_of(connection: Connection) -> Mode:
 
 def _sqlite_mode(connection: Connection) -> Mode:
     driver = _driver(connection)
+    if driver.in_transaction:
+        return Mode.EXPLICIT
     # aiosqlite does not pass on the attribute that Python 3.12 gave to sqlite3 connections
     autocommit = getattr(getattr(driver, "_conn", driver), "autocommit", None)
-    if isinstance(autocommit, bool):
-        return Mode.AUTOCOMMIT if autocommit else Mode.EXPLICIT
-    if driver.isolation_level is not None:
-        return Mode.LEGACY_SQLITE
-    return Mode.EXPLICIT if driver.in_transaction else Mode.AUTOCOMMIT
+    if driver.isolation_level is None or autocommit is True:
+        return Mode.AUTOCOMMIT
+    return Mode.LEGACY_SQLITE
 
 
 def use_explicit_begin(engine: AsyncEngine) -> None:
@@ -337,7 +359,8 @@ def _disable_driver_begin(dbapi_connection: Any, _record: Any) -> None:
 
 
 def _send_begin(connection: Connection) -> None:
-    if not _driver(connection).in_transaction:
+    wants_none = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    if not wants_none and not _driver(connection).in_transaction:
         connection.exec_driver_sql("BEGIN")
 
 
@@ -431,8 +454,9 @@ def _prepare_twophase(connection: Connection, _xid: Any) -> None:
 
 
 def _savepoint(connection: Connection, _name: str) -> None:
-    if connection in _by_connection and mode_of(connection) is Mode.LEGACY_SQLITE:
-        raise UnsafeTransactionError(SAVEPOINT_REFUSED)
+    watched = _by_connection.get(connection)
+    if watched is not None:
+        watched.check_savepoint(connection)
 
 
 _ENGINE_LISTENERS = (

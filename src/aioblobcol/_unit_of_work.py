@@ -272,9 +272,9 @@ class BlobTransaction:
     async def _commit(self, watched: TransactionWatch) -> None:
         """Send COMMIT, if nothing speaks against it, and wait for what it says."""
         await self._session.flush()
+        await self._probe(watched)
         await self._confirm_unclear()
         self._check_demand()
-        await self._probe(watched)
         await run_to_end(self._session.commit(), seconds=self._commit_seconds)
 
     async def _confirm_unclear(self) -> None:
@@ -329,6 +329,7 @@ class BlobTransaction:
     async def _end_transaction(self, watched: TransactionWatch) -> None:
         """Leave the session without a transaction, and the ledger with a verdict."""
         facts = watched.facts
+        watched.look_for_acknowledgement()
         try:
             async with asyncio.timeout(self._commit_seconds):
                 if facts.is_sqlite and facts.commit_sent and not facts.acknowledged:

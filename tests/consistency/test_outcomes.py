@@ -177,9 +177,25 @@ class TestAutocommit:
                     await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
                     session.add(Task(url="u", **put.to_values()))
 
-        uploaded = put.put_s3backed_column_results[0].new_s3_uri
-        # in doubt, as anything on such a connection, although nothing was sent
-        assert await contents(memory_store, database.engine, orphans=(uploaded,)) is None
+        assert tx.outcome is Outcome.ROLLED_BACK
+        assert await contents(memory_store, database.engine) is None
+
+    async def test_a_refusal_that_is_swallowed(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """Who goes on after the refusal gets an unknown outcome, and nothing is deleted."""
+        async with database.session() as session:
+            with pytest.raises(CommitOutcomeUnknown):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"x", None)])
+                    with suppress(UnsafeTransactionError):
+                        await session.connection(
+                            execution_options={"isolation_level": "AUTOCOMMIT"}
+                        )
+                    await session.execute(sa.insert(Task).values(url="u", **put.to_values()))
+                    raise RuntimeError("handler")
+
+        assert await contents(memory_store, database.engine) == (b"x", None)
 
     async def test_an_engine_is_asked_once(
         self, database: Database, memory_store: MemoryStore
@@ -267,7 +283,7 @@ class TestLegacySqlite:
                     if wrote_before:
                         await session.execute(replace(put))
                     async with session.begin_nested():
-                        raise AssertionError("not reached")
+                        await session.execute(sa.select(1))
 
         assert await contents(memory_store, legacy.engine) == (b"old", None)
 
@@ -480,10 +496,6 @@ class TestRefusedCommit:
         async with database.session() as session:
             with pytest.raises(IntegrityError):
                 async with blob_transaction(session, store=memory_store) as tx:
-                    if database.is_sqlite:
-                        await (await session.connection()).exec_driver_sql(
-                            "PRAGMA defer_foreign_keys=ON"
-                        )
                     put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"new", old)])
                     await session.execute(replace(put))
                     await session.execute(sa.text("INSERT INTO labels VALUES ('nobody')"))

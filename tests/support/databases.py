@@ -43,14 +43,15 @@ async def open_sqlite(path: Path, *, explicit_begin: bool = True) -> AsyncIterat
     engine = create_async_engine(url, connect_args={"timeout": 20})
     if explicit_begin:
         use_explicit_begin(engine)
-    sa.event.listen(engine.sync_engine, "connect", _use_wal)
+    sa.event.listen(engine.sync_engine, "connect", _set_pragmas)
     async with _tables(engine):
         yield Database("sqlite", url, engine)
 
 
-def _use_wal(dbapi_connection: Any, _record: object) -> None:
+def _set_pragmas(dbapi_connection: Any, _record: object) -> None:
     cursor = dbapi_connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 
 

@@ -79,9 +79,11 @@ class PostgresProxy:
                 await writer.drain()
             writer.close()
 
-        with contextlib.suppress(ConnectionError):
-            await asyncio.gather(to_server(), to_client())
-        cut()
+        try:
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(to_server(), to_client())
+        finally:
+            cut()
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

@@ -78,18 +78,20 @@ class S3Proxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            request = await self._read(reader, writer)
-            self.requests.append(request)
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                request = await self._read(reader, writer)
+                self.requests.append(request)
 
-            async def forward() -> bytes:
-                return await self._forward(request)
+                async def forward() -> bytes:
+                    return await self._forward(request)
 
-            reply = await (self.rule(request, forward) if self.rule else forward())
-            if reply is not None:
-                writer.write(reply)
-                await writer.drain()
-        writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+                reply = await (self.rule(request, forward) if self.rule else forward())
+                if reply is not None:
+                    writer.write(reply)
+                    await writer.drain()
+        finally:
+            writer.close()
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request:
         head = await reader.readuntil(b"\r\n\r\n")
