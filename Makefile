@@ -1,0 +1,75 @@
+# Each target does its own set-up in .venv; nothing but Python >= 3.11 and make is needed.
+# PYTHON=python3.13 chooses the interpreter (then `make clean` first),
+# ARGS="-k cancel" is passed to pytest, or to the demo and the benchmark.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+COMPOSE_SCHEMA := vendor.compose-spec
+
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.PHONY: help demo test test-long lint lint-ruff lint-mypy lint-pyright lint-imports lint-compose \
+	bench build ci clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) \
+		| while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/installed-demo ## run the five scenarios on a SQLite file and a local S3 server
+	$(BIN)/aioblobcol demo $(ARGS)
+
+test: $(VENV)/installed-test ## run the tests, but for those that take minutes
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/installed-test ## run the tests that take minutes
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: lint-ruff lint-mypy lint-pyright lint-imports lint-compose ## check everything but behaviour
+
+lint-ruff: $(VENV)/installed-dev
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+lint-mypy: $(VENV)/installed-dev
+	$(BIN)/python -m mypy
+
+# The package brings node along, so that nothing is downloaded when it runs.
+lint-pyright: $(VENV)/installed-dev
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+lint-imports: $(VENV)/installed-dev
+	$(BIN)/lint-imports
+
+lint-compose: $(VENV)/installed-dev
+	$(BIN)/check-jsonschema --builtin-schema $(COMPOSE_SCHEMA) docker-compose.yml
+
+bench: $(VENV)/installed-demo ## time a create and an update against a server with 20 ms latency
+	$(BIN)/python benchmarks/create_row.py $(ARGS)
+
+build: $(VENV)/installed-dev ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m build >/dev/null
+	@ls dist
+
+ci: ## run what has to pass before a merge
+	bash .ci/run
+
+clean: ## remove environments, caches and builds
+	rm -rf $(VENV) .venv-ci-* dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The installed extras contain each other: dev has test, test has demo.
+$(VENV)/installed-%: $(VENV)/created pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'aioblobcol needs Python 3.11 or later; `$(PYTHON)` is not.' >&2; \
+		echo 'Name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
