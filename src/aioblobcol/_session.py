@@ -382,15 +382,31 @@ def _after_begin(session: Session, _transaction: Any, connection: Connection) ->
 
 def _after_commit(session: Session) -> None:
     watched = _by_session.get(session)
-    # also called when a savepoint is released
-    if watched is not None and not session.in_nested_transaction():
+    if watched is None:
+        return
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
         watched.acknowledged()
+    else:  # also called when a savepoint is released
+        watched.ledger.savepoint_released(savepoint, parent=_savepoint_around(savepoint))
 
 
 def _after_rollback(session: Session) -> None:
     watched = _by_session.get(session)
-    if watched is not None and not session.in_nested_transaction():
+    if watched is None:
+        return
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
         watched.rolled_back()
+    else:
+        watched.ledger.savepoint_rolled_back(savepoint)
+
+
+def _savepoint_around(savepoint: SessionTransaction) -> SessionTransaction | None:
+    outer = savepoint.parent
+    while outer is not None and not outer.nested:
+        outer = outer.parent
+    return outer
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:

@@ -42,6 +42,15 @@ class Attempt:
     task: asyncio.Task[None] | None = None
 
 
+class _Stop:
+    """Set when an act has failed: what has not begun is not begun."""
+
+    __slots__ = ("is_set",)
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+
 async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attempt]:
     """Upload all *requests* at once, bounded by the store; undo all if one fails.
 
@@ -49,11 +58,11 @@ async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attem
         BlobUploadError: the first failure; whatever was attempted was deleted again.
         asyncio.CancelledError: the same state; the upload error, if any, is its cause.
     """
-    slots = store.runtime.slots
+    slots, stop = store.runtime.slots, _Stop()
     attempts = [Attempt(request) for request in requests]
     for attempt in attempts:
         attempt.task = asyncio.create_task(
-            _put(store, attempt, slots), name=f"aioblobcol: put {attempt.request.column}"
+            _put(store, attempt, slots, stop), name=f"aioblobcol: put {attempt.request.column}"
         )
     tasks = [attempt.task for attempt in attempts if attempt.task is not None]
     interrupted: asyncio.CancelledError | None = None
@@ -61,7 +70,8 @@ async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attem
         await _until_done_or_failed(tasks)
     except asyncio.CancelledError as exc:
         interrupted = exc
-    _stop_the_unbegun(attempts)
+    stop.is_set = True
+    _cancel_the_unbegun(attempts)
     interrupted = await wait_through(tasks) or interrupted
     failure = next((a for a in attempts if _error_of(a) is not None), None)
     if failure is None and interrupted is None:
@@ -128,17 +138,21 @@ async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]
     return found
 
 
-async def _put(store: Store, attempt: Attempt, slots: asyncio.Semaphore) -> None:
+async def _put(store: Store, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop) -> None:
     request = attempt.request
     async with slots:
+        if stop.is_set:
+            return
         attempt.begun = attempt.may_land_late = True  # nothing awaits before the request
         try:
             async with asyncio.timeout(put_seconds(store, request)):
                 was_answered_at_once = await store.put(request)
         except StoreError as exc:
             attempt.may_land_late = exc.may_have_taken_effect
+            stop.is_set = True
             raise
         except TimeoutError as exc:
+            stop.is_set = True
             raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
         attempt.may_land_late = not was_answered_at_once
 
@@ -148,7 +162,7 @@ async def _until_done_or_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
 
 
-def _stop_the_unbegun(attempts: Sequence[Attempt]) -> None:
+def _cancel_the_unbegun(attempts: Sequence[Attempt]) -> None:
     for attempt in attempts:
         if not attempt.begun and attempt.task is not None:
             attempt.task.cancel()

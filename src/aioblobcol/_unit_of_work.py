@@ -435,7 +435,11 @@ class BlobTransaction:
             self._attempts[attempt.request.uri] = attempt
 
     def _record(self, store: Store, result: PutS3BackedColumnResult) -> None:
-        self._ledger.create(result.new_s3_uri, replaces=result.old_s3_uri)
+        self._ledger.create(
+            result.new_s3_uri,
+            replaces=result.old_s3_uri,
+            savepoint=self._session.sync_session.get_nested_transaction(),
+        )
         self._stores[result.new_s3_uri] = store
         if result.old_s3_uri is not None:
             self._stores.setdefault(result.old_s3_uri, store)

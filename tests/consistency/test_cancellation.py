@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from aioblobcol.testing import MemoryStore, Step
 
 MANY = 400  # far more awaits than any of these programs has
 
-Program = Callable[[AsyncSession, MemoryStore], Awaitable[None]]
+Program = Callable[[AsyncSession, MemoryStore], Coroutine[Any, Any, None]]
 
 
 async def create(session: AsyncSession, store: MemoryStore) -> None:
@@ -50,9 +51,7 @@ async def delete(session: AsyncSession, store: MemoryStore) -> None:
     async with blob_transaction(session, store=store) as tx:
         tx.delete_s3([task.html, task.image])
         await session.execute(
-            sa.delete(Task).where(
-                Task.url == "u", guard(Task, html=task.html, image=task.image)
-            )
+            sa.delete(Task).where(Task.url == "u", guard(Task, html=task.html, image=task.image))
         )
 
 

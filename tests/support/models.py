@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -25,14 +23,16 @@ class Task(Base):
     image: Mapped[str | None]
 
 
+TASKS = Base.metadata.tables["tasks"]
 COLUMNS = [Task.html, Task.image]
 
 
-async def read_row(engine: AsyncEngine, url: str = "u") -> sa.Row[Any] | None:
+async def read_row(engine: AsyncEngine, url: str = "u") -> tuple[str | None, str | None] | None:
     """Return the committed (html, image) of a row, on a connection of its own."""
     async with engine.connect() as connection:
         found = await connection.execute(sa.select(Task.html, Task.image).where(Task.url == url))
-        return found.one_or_none()
+        row = found.one_or_none()
+    return None if row is None else (row.html, row.image)
 
 
 async def contents(
