@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..errors import AioBlobColError
 from ._printing import show_end, show_scene, show_servers
 from ._scenarios import SCENARIOS, describe, play
-from ._servers import CannotRunError, Options, UsageError, check, open_servers
+from ._servers import BrokenInvariantError, CannotRunError, Options, UsageError, check, open_servers
 
 INTERRUPTED: Final = 130
 """Source: POSIX shells, 128 plus the signal's number."""
@@ -94,7 +94,7 @@ def demo(
     )
     try:
         check(options)
-        all_held = asyncio.run(run_demo(options, Console()))
+        asyncio.run(run_demo(options, Console()))
     except UsageError as exc:
         raise typer.BadParameter(str(exc), param_hint=exc.option) from exc
     except (CannotRunError, AioBlobColError, SQLAlchemyError) as exc:
@@ -104,15 +104,13 @@ def demo(
     except KeyboardInterrupt as exc:
         typer.echo("aioblobcol demo: interrupted, and tidied up", err=True)
         raise typer.Exit(INTERRUPTED) from exc
-    if not all_held:
-        typer.echo("aioblobcol demo: an invariant does not hold, see BAD above", err=True)
-        raise typer.Exit(1)
 
 
-async def run_demo(options: Options, console: Console) -> bool:
-    """Play the scenarios in order, up to the first that goes wrong; tell whether all held.
+async def run_demo(options: Options, console: Console) -> None:
+    """Play the scenarios in order, up to the first that goes wrong, and show each.
 
     Raises:
+        BrokenInvariantError: a scenario left something that must not be.
         CannotRunError: a server cannot be used.
     """
     async with open_servers(options) as servers:
@@ -121,6 +119,7 @@ async def run_demo(options: Options, console: Console) -> bool:
             scene = await play(scenario, engine=servers.engine, store=servers.store)
             show_scene(console, scene, number=number, of=len(SCENARIOS))
             if scene.problems:
-                return False
+                raise BrokenInvariantError(
+                    f"an invariant does not hold in {scene.title!r}, see BAD"
+                )
     show_end(console, scenes=len(SCENARIOS))
-    return True

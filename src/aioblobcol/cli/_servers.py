@@ -43,7 +43,11 @@ S3_ADVICE: Final = (
 
 
 class CannotRunError(Exception):
-    """The demo cannot run; the text is for the user."""
+    """The demo cannot run to its end; the text is for the user."""
+
+
+class BrokenInvariantError(CannotRunError):
+    """A scenario left something that must not be."""
 
 
 class UsageError(CannotRunError):
@@ -89,7 +93,7 @@ def check(options: Options) -> None:
     if endpoint is not None and options.bucket is None:
         raise UsageError("--bucket", "is needed with --s3-endpoint, and the bucket must exist")
     try:
-        open_store(bucket=options.bucket or EMBEDDED_BUCKET)
+        open_store(bucket=EMBEDDED_BUCKET if options.bucket is None else options.bucket)
     except InvalidInputError as exc:
         raise UsageError("--bucket", str(exc)) from exc
     try:
