@@ -52,7 +52,7 @@ def check_source(source: object, *, column: str) -> None:
     if isinstance(source, Path):
         size = _file_size(source, column)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        size = memoryview(source).nbytes
+        size = _buffer_size(source, column)
     elif isinstance(source, str):
         raise InvalidSourceError(
             f"column {column!r}: text is not bytes, write text.encode(); for a file, Path(...)"
@@ -98,6 +98,13 @@ def _read(column: str, source: BlobSource) -> Payload:
         sha256=hashlib.sha256(body).hexdigest(),
         crc32=zlib.crc32(body),
     )
+
+
+def _buffer_size(source: bytes | bytearray | memoryview, column: str) -> int:
+    try:
+        return memoryview(source).nbytes
+    except ValueError as exc:  # a memoryview that was released
+        raise InvalidSourceError(f"column {column!r}: cannot read the bytes: {exc}") from exc
 
 
 def _file_size(path: Path, column: str) -> int:

@@ -58,6 +58,7 @@ class Statement:
     is_countable: bool = True
 
 
+_END = re.compile(";")
 _WORD = re.compile(r"[A-Za-z]+")
 _SAVEPOINT = re.compile(r"SAVEPOINT\s+(?P<name>\S+)", re.IGNORECASE)
 _RELEASE = re.compile(r"RELEASE\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE)
@@ -107,13 +108,12 @@ def read_statement(text: str, *, dialect: str) -> Statement:
     """Classify *text*, the SQL as it is sent."""
     bare = _blank_out(text, dialect)
     body = _BODY.match(bare)
-    starts = [0, *(found.end() for found in re.finditer(";", bare[body.end() :] if body else bare))]
-    offset = body.end() if body else 0
-    starts[1:] = [start + offset for start in starts[1:]]
+    ends = [found.start() for found in _END.finditer(bare, body.end() if body else 0)]
+    spans = zip([0, *(end + 1 for end in ends)], [*ends, len(bare)], strict=True)
     statements = [
         _read_one(text, bare, (start, end), dialect)
-        for start, end in zip(starts, [*starts[1:], len(bare)], strict=True)
-        if bare[start:end].strip(" \t\r\n\f(;")
+        for start, end in spans
+        if bare[start:end].strip(" \t\r\n\f(")
     ]
     if len(statements) == 1:
         return statements[0]
@@ -132,7 +132,7 @@ def _read_several(statements: Sequence[Statement]) -> Statement:
 
 
 def _read_one(text: str, bare: str, span: tuple[int, int], dialect: str) -> Statement:
-    code = bare[span[0] : span[1]].rstrip("; \t\r\n\f")
+    code = bare[span[0] : span[1]].rstrip()
     start = len(code) - len(code.lstrip(" \t\r\n\f("))
     for pattern, kind in (
         (_SAVEPOINT, Kind.SAVEPOINT),

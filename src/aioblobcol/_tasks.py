@@ -50,6 +50,7 @@ async def run_to_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
 
     task = asyncio.create_task(bounded(), name="aioblobcol: run to end")
     interrupted = await wait_through([task])
+    work.close()  # it never began if the task was cancelled before its first step
     if interrupted is not None:
         raise interrupted from (None if task.cancelled() else task.exception())
     return task.result()
@@ -67,19 +68,27 @@ class Background:
 
     async def submit(self, work: Coroutine[Any, Any, None], *, seconds: float) -> None:
         """Start *work*, or, with *limit* tasks under way already, do it before returning."""
-        if len(self._tasks) >= self._limit:  # back-pressure: the caller pays
-            await run_to_end(_logged(work), seconds=seconds)
-            return
+        is_full = len(self._tasks) >= self._limit
         task = asyncio.create_task(_bounded(work, seconds), name="aioblobcol: background")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def drain(self) -> None:
-        """Wait for everything that was submitted; each is bounded in time by itself."""
-        while self._tasks:
-            interrupted = await wait_through(tuple(self._tasks))
+        task.add_done_callback(lambda _: work.close())  # see run_to_end
+        if is_full:  # back-pressure: the caller pays
+            interrupted = await wait_through([task])
             if interrupted is not None:
                 raise interrupted
+
+    async def drain(self) -> None:
+        """Wait for everything that was submitted; each is bounded in time by itself.
+
+        Raises:
+            asyncio.CancelledError: after everything has ended.
+        """
+        interrupted: asyncio.CancelledError | None = None
+        while self._tasks:
+            interrupted = await wait_through(tuple(self._tasks)) or interrupted
+        if interrupted is not None:
+            raise interrupted
 
 
 async def _bounded(work: Coroutine[Any, Any, None], seconds: float) -> None:

@@ -47,6 +47,7 @@ def split_s3_uri(s3_uri: str) -> tuple[str, str]:
     """
     if not isinstance(s3_uri, str):
         raise InvalidS3UriError(f"an S3 URI is a string, not {type(s3_uri).__name__}")
+    _utf8(s3_uri, InvalidS3UriError)
     bucket, slash, key = s3_uri.removeprefix("s3://").partition("/")
     if not s3_uri.startswith("s3://") or not bucket or not slash or not key:
         raise InvalidS3UriError(f"not an S3 URI (s3://bucket/key): {s3_uri!r}")
@@ -56,11 +57,15 @@ def split_s3_uri(s3_uri: str) -> tuple[str, str]:
 
 
 def join_s3_uri(bucket: str, key: str) -> str:
-    """Join bucket and key into ``s3://bucket/key``."""
-    check_bucket(bucket)
-    if not key:
-        raise InvalidS3UriError("an object's key is not empty")
-    return f"s3://{bucket}/{key}"
+    """Join bucket and key into ``s3://bucket/key``.
+
+    Raises:
+        InvalidBucketError: not a bucket name.
+        InvalidS3UriError: an empty key, or control characters in it.
+    """
+    s3_uri = f"s3://{check_bucket(bucket)}/{key}"
+    split_s3_uri(s3_uri)
+    return s3_uri
 
 
 def check_bucket(bucket: str) -> str:
@@ -120,7 +125,7 @@ def encode_pk(pk: PrimaryKey, is_pk_url_safe: bool, delimiter: str = "/") -> str
     """Write a primary key as one component of a key for each of its parts.
 
     Args:
-        pk: a string, an integer, a UUID, or a tuple or list of them (a composite key).
+        pk: a string, an integer, a UUID, or a sequence of them (a composite key).
         is_pk_url_safe: False (the default everywhere) encodes each part as URL-safe base64;
             True takes the parts as they are.
         delimiter: stands between the parts.
@@ -133,7 +138,8 @@ def encode_pk(pk: PrimaryKey, is_pk_url_safe: bool, delimiter: str = "/") -> str
         InvalidPrimaryKeyError: another type, no part at all, or, with *is_pk_url_safe*, a part
             with anything but ``A-Z a-z 0-9 . _ ~ = -`` or one that contains the delimiter.
     """
-    parts = pk if isinstance(pk, (tuple, list)) else (pk,)
+    is_single = isinstance(pk, (str, bytes, bytearray, memoryview)) or not isinstance(pk, Sequence)
+    parts: Sequence[object] = (pk,) if is_single else pk  # type: ignore[assignment]  # just told
     if not parts:
         raise InvalidPrimaryKeyError("a primary key has at least one part")
     return delimiter.join(_encode_part(part, is_pk_url_safe, delimiter) for part in parts)
@@ -144,7 +150,7 @@ def _encode_part(part: object, is_pk_url_safe: bool, delimiter: str) -> str:
         raise InvalidPrimaryKeyError(
             f"a primary key is made of str, int and UUID, not {type(part).__name__}"
         )
-    text = str(part)
+    text = _text_of(part)
     raw = _utf8(text, InvalidPrimaryKeyError)
     if is_pk_url_safe:
         if delimiter in text or not _SAFE.fullmatch(text) or text in {".", ".."}:
@@ -157,6 +163,15 @@ def _encode_part(part: object, is_pk_url_safe: bool, delimiter: str) -> str:
     if not 0 < len(encoded) <= MAX_COMPONENT_BYTES:
         return f"sha256={get_sha256(raw)}"
     return encoded
+
+
+def _text_of(part: str | int | uuid.UUID) -> str:
+    if isinstance(part, str):
+        return str.__str__(part)  # str() of a member of `class Kind(str, Enum)` is its name
+    try:
+        return int.__repr__(part) if isinstance(part, int) else str(part)
+    except ValueError as exc:  # Python writes integers of 4,300 digits at most
+        raise InvalidPrimaryKeyError("a primary key's integer is too long") from exc
 
 
 def get_s3_key(pk: str, column: str, binary: bytes | bytearray | memoryview, prefix: str) -> str:
@@ -197,7 +212,9 @@ def attempt_key(content: str) -> str:
 
 
 def encode_column(column: str) -> str:
-    """Return the name as it stands in a key: as it is if it is plain ASCII, else in base64.
+    """Return the name as it stands in a key: as it is if it is plain ASCII, else ``b64=<base64>``.
+
+    ``=`` stands in no plain name, so that two columns never share one.
 
     Raises:
         InvalidColumnError: not a string, empty, too long, or with control characters.
@@ -207,7 +224,7 @@ def encode_column(column: str) -> str:
     encoded = (
         column
         if _COLUMN.fullmatch(column)
-        else base64.urlsafe_b64encode(_utf8(column, InvalidColumnError)).decode("ascii")
+        else f"b64={base64.urlsafe_b64encode(_utf8(column, InvalidColumnError)).decode('ascii')}"
     )
     if len(encoded) > MAX_COMPONENT_BYTES - len("col="):
         raise InvalidColumnError(f"a column's name is too long for a key: {column!r}")

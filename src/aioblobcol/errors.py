@@ -173,7 +173,10 @@ class CleanUpError(AioBlobColError):
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{uri} ({reason})" for uri, reason in self.failed.items())
-        return f"{len(self.failed)} object(s) could not be deleted: {reasons}"
+        return (
+            f"{len(self.failed)} object(s) could not be deleted and are orphans now; call the "
+            f"clean-up again, or delete them yourself: {reasons}"
+        )
 
 
 class ResultSpentError(AioBlobColError, RuntimeError):

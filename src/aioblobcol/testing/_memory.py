@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._store._base import DeleteReport, ObjectInfo, PutRequest, Runtime, owned_uris
+from .._store._base import DeleteReport, ObjectInfo, PutRequest, Runtime, is_owned, owned_uris
 from .._store._metadata import decode_metadata, encode_metadata
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
@@ -220,13 +220,16 @@ class MemoryStore:
         """Read one object."""
         self._note("get", [uri])
         await self._step("get", "before", uri)
-        return self._found("get", uri).body
+        stored = self._found("get", uri)
+        await self._step("get", "after", uri)
+        return stored.body
 
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object."""
         self._note("head", [uri])
         await self._step("head", "before", uri)
         stored = self._found("head", uri)
+        await self._step("head", "after", uri)
         return ObjectInfo(uri, len(stored.body), decode_metadata(stored.metadata))
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
@@ -250,9 +253,11 @@ class MemoryStore:
         return DeleteReport(tuple(deleted), failed)
 
     async def iter_uris(self) -> AsyncIterator[str]:
-        """List every object, in the order of the keys' bytes."""
+        """List every object under the prefix, in the order of the keys' bytes."""
+        self.runtime  # noqa: B018 - raises when closed
         for uri in sorted(self.objects, key=str.encode):
-            yield uri
+            if is_owned(self, uri):
+                yield uri
 
     def _note(self, operation: str, uris: Sequence[str]) -> None:
         self.runtime  # noqa: B018 - raises when closed
