@@ -147,6 +147,10 @@ async def _put(store: Store, attempt: Attempt, slots: asyncio.Semaphore, stop: _
         try:
             async with asyncio.timeout(put_seconds(store, request)):
                 was_answered_at_once = await store.put(request)
+        except StoreClosedError:  # found out before anything was sent
+            attempt.begun = attempt.may_land_late = False
+            stop.is_set = True
+            raise
         except StoreError as exc:
             attempt.may_land_late = exc.may_have_taken_effect
             stop.is_set = True

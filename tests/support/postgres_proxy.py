@@ -82,7 +82,7 @@ class PostgresProxy:
             writer.close()
 
         try:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await asyncio.gather(to_server(), to_client())
         finally:
             cut()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,9 @@ class S3Proxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            with contextlib.suppress(
+                asyncio.CancelledError, ConnectionError, asyncio.IncompleteReadError
+            ):
                 request = await self._read(reader, writer)
                 self.requests.append(request)
 
@@ -104,7 +106,7 @@ class S3Proxy:
         if headers.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(headers.get("content-length", "0")))
-        return Request(method, path, headers, head, body)
+        return Request(method, unquote(path), headers, head, body)
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

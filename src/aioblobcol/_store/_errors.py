@@ -92,7 +92,11 @@ def was_retried(answer: Mapping[str, Any]) -> bool:
 def _is_closed(exc: BaseException) -> bool:
     seen: BaseException | None = exc
     while seen is not None:
-        if any(hint in str(seen).lower() for hint in _CLOSED_HINTS):
+        text = str(seen).lower()
+        if any(hint in text for hint in _CLOSED_HINTS):
+            return True
+        # aiobotocore forgets its aiohttp sessions when it is closed, and then looks for them
+        if isinstance(seen, AttributeError) and "'nonetype'" in text:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

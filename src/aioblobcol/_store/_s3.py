@@ -307,26 +307,26 @@ class S3Store:
 
     async def _open_client(self, stack: contextlib.AsyncExitStack) -> Any:
         assert self._compat is not None
-        # http cannot protect a body but by its signature; the endpoint may come from a profile,
-        # so that only the client knows it
-        for sign_payload in (False, True):
-            config = _tuned_config(self._compat, sign_payload=sign_payload)
-            if self._config is not None:
-                config = config.merge(self._config)
-            context = get_session().create_client(
-                "s3",
-                **{"region_name": self._compat.region_name, **self._client_arguments},
-                config=config,
-            )
-            client = await context.__aenter__()
-            if sign_payload or client.meta.endpoint_url.startswith("https:"):
-                break
-            await context.__aexit__(None, None, None)
-        stack.push_async_exit(context)
+        given = str(self._client_arguments.get("endpoint_url", "https:"))
+        sign_payload = not given.startswith("https:")
+        context = self._new_client(self._compat, sign_payload=sign_payload)
+        client = await stack.enter_async_context(context)
+        if not sign_payload and not client.meta.endpoint_url.startswith("https:"):
+            # the environment or a profile names an http endpoint, where nothing else protects
+            # a body: only the client could tell
+            context = self._new_client(self._compat, sign_payload=True)
+            client = await stack.enter_async_context(context)
         client.meta.events.register_last("before-call.s3", _no_expect)
         if self._compat.checksum == "md5":
             client.meta.events.register_last("before-call.s3.DeleteObjects", _content_md5)
         return client
+
+    def _new_client(self, compat: Compat, *, sign_payload: bool) -> Any:
+        config = _tuned_config(compat, sign_payload=sign_payload)
+        if self._config is not None:
+            config = config.merge(self._config)
+        arguments = {"region_name": compat.region_name, **self._client_arguments}
+        return get_session().create_client("s3", **arguments, config=config)
 
     def _put_arguments(self, request: PutRequest) -> dict[str, Any]:
         bucket, key = split_s3_uri(request.uri)
@@ -476,7 +476,7 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
     return AioConfig(
         max_pool_connections=64,  # the default of 10 makes the 11th request wait
         user_agent=f"aioblobcol/{version('aioblobcol')}",  # the default costs 13 % of a request
-        retries={"mode": "standard", "max_attempts": 3},
+        retries={"mode": "standard", "total_max_attempts": 3},
         connect_timeout=5,
         read_timeout=30,
         request_checksum_calculation="when_required",  # we send our own, see Compat

@@ -33,8 +33,8 @@ def s3() -> Iterator[S3Server]:
 async def s3_store(s3: S3Server) -> AsyncIterator[S3Store]:
     """Give an open store on a fresh bucket."""
     bucket = f"test-{uuid.uuid4().hex}"
-    await s3.create_bucket(bucket)
     async with s3.open_store(bucket=bucket) as store:
+        await store.client.create_bucket(Bucket=bucket)
         yield store
 
 
