@@ -471,6 +471,8 @@ class TestSavepoints:
 
     def test_rolling_back_keeps_the_savepoint(self, ledger: Ledger) -> None:
         """A savepoint can be rolled back to again, and takes what came after it each time."""
+        ledger.create(NEXT, replaces=None)
+        insert(ledger, NEXT)
         ledger.create(NEW, replaces=OLD)
         ledger.savepoint("a")
         ledger.rollback_to("a")
@@ -933,4 +935,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
