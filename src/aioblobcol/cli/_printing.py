@@ -60,7 +60,7 @@ def short(uri: str | None) -> str:
 def _code(console: Console, code: str) -> Padding | Text:
     if not console.is_terminal:
         return Text(textwrap.indent(code, "  ") + "\n")
-    syntax = Syntax(code, "python", theme="ansi_dark", background_color="default")
+    syntax = Syntax(code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
     return Padding(syntax, (0, 0, 1, 2))
 
 
