@@ -300,7 +300,7 @@ class TestTrouble:
         """If S3 refuses one of the objects the answer is 502, and the page is as it was."""
 
         async def refuse_images(request: Request, forward: Forward) -> bytes:
-            if request.method == "PUT" and "col%3Dimage" in request.path:
+            if request.method == "PUT" and "col=image" in request.path:
                 return answer("403 Forbidden", "AccessDenied")
             return await forward()
 
