@@ -34,12 +34,16 @@ FOREIGN = "not under this store's bucket and prefix"
 
 @dataclasses.dataclass(slots=True)
 class Attempt:
-    """One PUT: whether it was begun, and whether its answer leaves a doubt."""
+    """One PUT: whether it was begun, and whether its answer leaves a doubt.
 
-    request: PutRequest
+    It outlives the request, whose bytes are not kept.
+    """
+
+    column: str
+    uri: str
+    seconds: float  # how long the request may live
     begun: bool = False
     may_land_late: bool = False
-    task: asyncio.Task[None] | None = None
 
 
 class _Stop:
@@ -56,51 +60,61 @@ async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attem
 
     Raises:
         BlobUploadError: the first failure; whatever was attempted was deleted again.
+        StoreClosedError: nothing was sent.
         asyncio.CancelledError: the same state; the upload error, if any, is its cause.
     """
     slots, stop = store.runtime.slots, _Stop()
-    attempts = [Attempt(request) for request in requests]
-    for attempt in attempts:
-        attempt.task = asyncio.create_task(
-            _put(store, attempt, slots, stop), name=f"aioblobcol: put {attempt.request.column}"
+    attempts = [
+        Attempt(request.column, request.uri, put_seconds(store, request)) for request in requests
+    ]
+    tasks = [
+        asyncio.create_task(
+            _put(store, request, attempt, slots, stop), name=f"aioblobcol: put {request.column}"
         )
-    tasks = [attempt.task for attempt in attempts if attempt.task is not None]
+        for request, attempt in zip(requests, attempts, strict=True)
+    ]
     interrupted: asyncio.CancelledError | None = None
     try:
-        await _until_done_or_failed(tasks)
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     except asyncio.CancelledError as exc:
         interrupted = exc
     stop.is_set = True
-    _cancel_the_unbegun(attempts)
+    for attempt, task in zip(attempts, tasks, strict=True):
+        if not attempt.begun:
+            task.cancel()
     interrupted = await wait_through(tasks) or interrupted
-    failure = next((a for a in attempts if _error_of(a) is not None), None)
-    if failure is None and interrupted is None:
+    error: BaseException | None = None
+    failed = [
+        (attempt, task.exception())
+        for attempt, task in zip(attempts, tasks, strict=True)
+        if not task.cancelled() and task.exception() is not None
+    ]
+    if not failed and interrupted is None:
         return attempts
-    begun = [attempt for attempt in attempts if attempt.begun]
     try:
-        report = await compensate(store, begun)
+        report = await compensate(store, [attempt for attempt in attempts if attempt.begun])
     except asyncio.CancelledError as exc:
         interrupted, report = exc, DeleteReport()
-    error = None if failure is None else _upload_error(failure, report)
+    if failed:
+        error = _upload_error(*failed[0], report)
     if interrupted is not None:
         raise interrupted from error
     assert error is not None
-    raise error from error.__cause__
+    raise error
 
 
 async def compensate(store: Store, attempts: Sequence[Attempt]) -> DeleteReport:
     """Delete what *attempts* may have stored, now and, where an answer was lost, once more."""
     expect_late(store, attempts)
-    return await delete_all(store, [attempt.request.uri for attempt in attempts])
+    return await delete_all(store, [attempt.uri for attempt in attempts])
 
 
 def expect_late(store: Store, attempts: Sequence[Attempt]) -> None:
     """Have the unanswered among *attempts* deleted a second time, when they can no longer land."""
     for attempt in attempts:
         if attempt.may_land_late:
-            store.runtime.delete_again(
-                attempt.request.uri, after_seconds=put_seconds(store, attempt.request)
-            )
+            store.runtime.delete_again(attempt.uri, after_seconds=attempt.seconds)
 
 
 async def delete_all(store: Store, uris: Collection[str]) -> DeleteReport:
@@ -138,53 +152,34 @@ async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]
     return found
 
 
-async def _put(store: Store, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop) -> None:
-    request = attempt.request
+async def _put(
+    store: Store, request: PutRequest, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop
+) -> None:
     async with slots:
         if stop.is_set:
             return
         attempt.begun = attempt.may_land_late = True  # nothing awaits before the request
         try:
-            async with asyncio.timeout(put_seconds(store, request)):
+            async with asyncio.timeout(attempt.seconds):
                 was_answered_at_once = await store.put(request)
-        except StoreClosedError:  # found out before anything was sent
-            attempt.begun = attempt.may_land_late = False
+        except BaseException as exc:
             stop.is_set = True
+            if isinstance(exc, StoreClosedError):  # found out before anything was sent
+                attempt.begun = attempt.may_land_late = False
+            elif isinstance(exc, StoreError):
+                attempt.may_land_late = exc.may_have_taken_effect
+            elif isinstance(exc, TimeoutError):
+                raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
             raise
-        except StoreError as exc:
-            attempt.may_land_late = exc.may_have_taken_effect
-            stop.is_set = True
-            raise
-        except TimeoutError as exc:
-            stop.is_set = True
-            raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
         attempt.may_land_late = not was_answered_at_once
 
 
-async def _until_done_or_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
-    if tasks:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-
-
-def _cancel_the_unbegun(attempts: Sequence[Attempt]) -> None:
-    for attempt in attempts:
-        if not attempt.begun and attempt.task is not None:
-            attempt.task.cancel()
-
-
-def _error_of(attempt: Attempt) -> BaseException | None:
-    task = attempt.task
-    if task is None or task.cancelled():
-        return None
-    return task.exception()
-
-
-def _upload_error(attempt: Attempt, report: DeleteReport) -> BaseException:
-    cause = _error_of(attempt)
-    request = attempt.request
+def _upload_error(
+    attempt: Attempt, cause: BaseException | None, report: DeleteReport
+) -> BaseException:
     if isinstance(cause, StoreClosedError):
         return cause
-    error = BlobUploadError(request.column, request.uri, str(cause), report.failed)
+    error = BlobUploadError(attempt.column, attempt.uri, str(cause), report.failed)
     error.__cause__ = cause
     return error
 

@@ -224,7 +224,7 @@ class BlobTransaction:
         result._life.take(self)
         self._results.append(result)
         for attempt in result._attempts:
-            self._attempts[attempt.request.uri] = attempt
+            self._attempts[attempt.uri] = attempt
         if self._is_left:  # a task of its own that nobody waited for
             await compensate(chosen, result._attempts)
             result._life.settle("its block was left before it was uploaded")
@@ -432,7 +432,7 @@ class BlobTransaction:
         for each in result._executed():
             self._record(result._store, each)
         for attempt in result._attempts:
-            self._attempts[attempt.request.uri] = attempt
+            self._attempts[attempt.uri] = attempt
 
     def _record(self, store: Store, result: PutS3BackedColumnResult) -> None:
         self._ledger.create(

@@ -228,7 +228,7 @@ class PutS3Result:
         for result, attempt in zip(self._executed(), self._attempts, strict=True):
             if result.old_s3_uri is None:
                 continue
-            reason = why_kept(result.old_s3_uri, attempt.request.uri)
+            reason = why_kept(result.old_s3_uri, attempt.uri)
             if reason is None:
                 old.append(result.old_s3_uri)
             else:

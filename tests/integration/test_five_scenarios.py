@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -94,7 +95,11 @@ class TestHandWritten:
 
     async def test_all_five(self, database: Database, s3: S3Server, s3_store: S3Store) -> None:
         """With a borrowed client all five scenarios work as the seed's users write them."""
-        where = {"bucket": s3_store.bucket, "prefix": f"/{s3_store.prefix}/", "update_at": NOW}
+        where: dict[str, Any] = {
+            "bucket": s3_store.bucket,
+            "prefix": f"/{s3_store.prefix}/",
+            "update_at": NOW,
+        }
         async with (
             get_session().create_client("s3", **s3.client_arguments) as s3_client,
             database.session() as session,
@@ -147,7 +152,7 @@ class TestHandWritten:
     async def test_one_column(self, database: Database, s3: S3Server, s3_store: S3Store) -> None:
         """put_s3backed_column and the two module-level clean-ups settle one column."""
         async with get_session().create_client("s3", **s3.client_arguments) as s3_client:
-            arguments = {
+            arguments: dict[str, Any] = {
                 "s3_client": s3_client,
                 "pk": ("a", 1),
                 "bucket": s3_store.bucket,
@@ -163,7 +168,7 @@ class TestHandWritten:
             await clean_up_created_s3_object_when_create_or_update_row_failed(
                 s3_client, second.new_s3_uri, second.executed
             )
-            await clean_up_old_s3_object_when_update_row_succeeded(s3_client, None, True)
+            await clean_up_old_s3_object_when_update_row_succeeded(s3_client, None)
 
             assert left == [second.new_s3_uri]
             assert [uri async for uri in s3_store.iter_uris()] == []
@@ -172,12 +177,12 @@ class TestHandWritten:
 class TestWhatIsStored:
     async def test_metadata_and_arguments(self, s3_store: S3Store) -> None:
         """Extra arguments arrive, the caller's are not changed, and metadata come back decoded."""
-        extra = {
+        extra: dict[str, Any] = {
             "ContentType": "text/html",
             "CacheControl": "no-cache",
             "Metadata": {"title": "Grüße \N{SNOWMAN}", "plain": "text"},
         }
-        before = {**extra, "Metadata": dict(extra["Metadata"])}  # type: ignore[call-overload]  # a dict
+        before = {**extra, "Metadata": dict(extra["Metadata"])}
         put = await put_s3(
             store=s3_store,
             pk="u",

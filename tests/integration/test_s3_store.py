@@ -130,7 +130,7 @@ class TestRequests:
         assert headers["user-agent"].startswith("aioblobcol/")
 
     async def test_compat_generic(self, proxy: S3Proxy, s3: S3Server, s3_store: S3Store) -> None:
-        """generic sends Content-MD5 with PUT and with DeleteObjects, and no new checksums."""
+        """The preset `generic` sends Content-MD5 with PUT and DeleteObjects, no new checksums."""
         async with through(proxy, s3, s3_store, compat="generic") as store:
             put = await put_s3(pk="u", api_calls=calls(b"body", b"other"), store=store)
             await put.clean_up_created_s3_object_when_create_or_update_row_failed()
