@@ -64,10 +64,12 @@ clean: ## remove environments, caches and builds
 	rm -rf .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The installed extras contain each other: dev has test, test has demo.
+# The extras contain each other: whoever has dev needs no installation for test.
+within-dev := test demo
+within-test := demo
 $(VENV)/installed-%: $(VENV)/created pyproject.toml
 	$(INSTALL) --editable ".[$*]"
-	@touch $@
+	@touch $@ $(addprefix $(VENV)/installed-,$(within-$*))
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
