@@ -93,6 +93,7 @@ class _Frame:
     written: dict[str, int] = dataclasses.field(default_factory=dict)
     unclear: dict[str, int] = dataclasses.field(default_factory=dict)
     unwritten: set[str] = dataclasses.field(default_factory=set)
+    buried: set[str] = dataclasses.field(default_factory=set)  # were in a row that is gone
     released: set[str] = dataclasses.field(default_factory=set)
     removed_rows: bool = False
 
@@ -104,6 +105,7 @@ class _Frame:
         self.unwritten -= inner.written.keys()
         self.written.update(inner.written)
         self.unclear.update(inner.unclear)
+        self.buried |= inner.buried
         self.released |= inner.released
         self.removed_rows |= inner.removed_rows
 
@@ -145,6 +147,7 @@ class Ledger:
         self._doomed: set[str] = set()
         self._committed: dict[str, int] = {}
         self._committed_deletes: set[str] = set()
+        self._buried: set[str] = set()
         self._in_doubt: set[str] = set()
         self._kept: set[str] = set()
         self._rehomed: set[str] = set()
@@ -208,6 +211,8 @@ class Ledger:
                 frame.written.pop(uri, None)
                 frame.unclear.pop(uri, None)
                 frame.unwritten.add(uri)
+                if evidence is Evidence.CHANGED:
+                    frame.buried.add(uri)
         elif evidence is Evidence.CHANGED:
             frame.unclear.pop(uri, None)
             frame.written[uri] = self._clock
@@ -278,6 +283,7 @@ class Ledger:
         self._frames = [root]
         if outcome is Outcome.COMMITTED:
             self._committed.update(root.written)
+            self._buried |= root.buried
             self._committed_deletes |= self._deletes_done(root)
             self._kept |= root.unclear.keys() - self._committed.keys()
         elif outcome is Outcome.UNKNOWN:
@@ -321,7 +327,9 @@ class Ledger:
         doubt = self._in_doubt
         certain = {uri: at for uri, at in self._committed.items() if uri not in doubt}
         kept = self._rehomed | doubt | self._kept
-        released = [old for new in certain for old in self._replaced_by(new, certain, kept)]
+        # a row that was written and then deleted named what it replaced for the last time, too
+        final = [*certain, *(uri for uri in self._buried if uri not in certain and uri not in kept)]
+        released = [old for new in final for old in self._replaced_by(new, certain, kept)]
         released += [uri for uri in self._deletes if uri in self._committed_deletes]
         supersede = [uri for uri in dict.fromkeys(released) if uri not in kept]
         compensate = [
@@ -367,7 +375,7 @@ class Ledger:
         self, new: str, certain: Mapping[str, int], kept: Collection[str]
     ) -> Iterator[str]:
         """Follow the chain of what a written URI replaces, over those that went into no row."""
-        at, old = certain[new], self._replaces[new]
+        at, old = certain.get(new, self._clock), self._replaces[new]
         while old is not None and old not in kept and certain.get(old, 0) <= at:
             yield old
             old = None if old in certain else self._replaces.get(old)
@@ -389,5 +397,6 @@ class Ledger:
         frame.written.clear()
         frame.unclear.clear()
         frame.unwritten.clear()
+        frame.buried.clear()
         frame.released.clear()
         frame.removed_rows = False

@@ -768,6 +768,22 @@ class TestDeletes:
         ledger.end_root(Outcome.COMMITTED)
         assert set(ledger.settle().supersede) == {OLD, NEW}
 
+    @pytest.mark.parametrize(
+        ("evidence", "expected"), [(Evidence.CHANGED, {NEW, OLD}), (Evidence.UNCLEAR, {NEW})]
+    )
+    def test_a_row_that_was_replaced_and_deleted_leaves_nothing(
+        self, evidence: Evidence, expected: set[str]
+    ) -> None:
+        """Deleting a row that was updated in the same block deletes what the update replaced."""
+        ledger = Ledger()
+        ledger.create(NEW, replaces=OLD)
+        update(ledger, NEW, OLD)
+        ledger.delete(NEW)
+        delete(ledger, NEW, evidence=evidence)
+        ledger.end_root(Outcome.COMMITTED)
+
+        assert set(ledger.settle().supersede) == expected
+
 
 class LedgerMachine(RuleBasedStateMachine):
     """A naive database beside the ledger: a dict of rows, copies of it for savepoints."""
