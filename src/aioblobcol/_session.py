@@ -90,11 +90,12 @@ class TransactionWatch:
         self._session = weakref.ref(session)
         self._modes: weakref.WeakKeyDictionary[Connection, Mode] = weakref.WeakKeyDictionary()
         self._pending: dict[int, _Pending] = {}
+        self._failed: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     @property
     def is_doubtful(self) -> bool:
         """A statement failed, or was not answered, and none has succeeded since."""
-        return self.facts.doubtful or bool(self._pending)
+        return bool(self._failed or self._pending)
 
     def stop(self) -> None:
         """Forget the session and its connections."""
@@ -153,13 +154,15 @@ class TransactionWatch:
         pending = self._pending.pop(id(cursor), None)
         if pending is None:
             return  # reported twice: an engine made by execution_options() shares listeners
-        self.facts.doubtful = False
-        kind, name = pending.statement.kind, pending.statement.name
-        if kind is Kind.SAVEPOINT and name is not None:
+        self._failed.discard(connection)
+        kind = pending.statement.kind
+        # each connection of a session with several binds counts its savepoints by itself
+        name = f"{id(connection)}:{pending.statement.name}"
+        if kind is Kind.SAVEPOINT:
             self.ledger.savepoint(name)
-        elif kind is Kind.RELEASE and name is not None:
+        elif kind is Kind.RELEASE:
             self.ledger.release(name)
-        elif kind is Kind.ROLLBACK_TO and name is not None:
+        elif kind is Kind.ROLLBACK_TO:
             self.ledger.rollback_to(name)
         elif kind.changes_rows:
             self._note_write(connection, cursor, context, pending)
@@ -188,7 +191,7 @@ class TransactionWatch:
         """Something on the connection raised."""
         cursor = getattr(error.execution_context, "cursor", None)
         pending = self._pending.pop(id(cursor), None)
-        self.facts.doubtful = True
+        self._failed.add(connection)
         if pending is not None and pending.was_in_transaction and not _in_transaction(connection):
             self.was_given_up = True
             self.ledger.database_gave_up()
@@ -241,6 +244,7 @@ class TransactionWatch:
             _by_connection.pop(connection, None)
         self.connections = weakref.WeakSet()
         self._pending.clear()
+        self._failed.clear()
         self.facts = Facts()
         self.was_given_up = False
 
@@ -449,7 +453,7 @@ def _handle_error(error: ExceptionContext) -> None:
 def _commit(connection: Connection) -> None:
     watched = _by_connection.get(connection)
     if watched is not None:
-        watched.facts.doubtful = watched.is_doubtful
+        watched.facts.doubtful |= watched.is_doubtful
         watched.facts.commit_sent = True
 
 

@@ -150,6 +150,7 @@ class BlobTransaction:
         self._stores: dict[str, Store] = {}
         self._attempts: dict[str, Attempt] = {}
         self._replaced_by: dict[str, str] = {}
+        self._unknown: CommitOutcomeUnknown | None = None
         self._is_entered = self._is_left = False
 
     async def __aenter__(self) -> Self:
@@ -227,7 +228,7 @@ class BlobTransaction:
             self._attempts[attempt.uri] = attempt
         if self._is_left:  # a task of its own that nobody waited for
             await compensate(chosen, result._attempts)
-            result._life.settle("its block was left before it was uploaded")
+            result._life.settled = "its block was left before it was uploaded"
             raise ResultSpentError("the blob_transaction() was left while put_s3() was running")
         return result
 
@@ -259,13 +260,14 @@ class BlobTransaction:
             except BaseException as raised:  # raised again below, after the clean-up
                 error = raised
         self._is_left = True
-        unknown: CommitOutcomeUnknown | None = None
         try:
-            unknown = await run_to_end(self._settle(self._watch), seconds=4 * self._commit_seconds)
+            await run_to_end(self._settle(self._watch), seconds=self._settle_seconds())
+        except TimeoutError:  # each of its parts is bounded, so this is a store that is not
+            logger.error("settling was given up; what it had not deleted is left alone")
         except asyncio.CancelledError as interrupted:
             if not isinstance(error, asyncio.CancelledError):
-                raise interrupted from (error or interrupted.__cause__)
-        self._raise(error, unknown, is_from_block=exc is not None)
+                raise interrupted from (self._unknown or error)
+        self._raise(error, self._unknown, is_from_block=exc is not None)
 
     # --- leaving
 
@@ -307,7 +309,12 @@ class BlobTransaction:
         except DBAPIError as exc:
             raise TransactionAbortedError(_ABORTED) from exc
 
-    async def _settle(self, watched: TransactionWatch) -> CommitOutcomeUnknown | None:
+    def _settle_seconds(self) -> float:
+        """Return the sum of the bounds of what `_settle` does."""
+        requests = max((store.request_seconds for store in self._stores.values()), default=0.0)
+        return 3 * self._commit_seconds + 3 * requests
+
+    async def _settle(self, watched: TransactionWatch) -> None:
         """Roll back what is left, judge, and delete what may be deleted. Raises nothing."""
         await self._end_transaction(watched)
         watched.stop()
@@ -315,16 +322,13 @@ class BlobTransaction:
         undecided = settlement.undecided_created or settlement.undecided_superseded
         self.outcome = Outcome.UNKNOWN if undecided else watched.last_outcome or Outcome.ROLLED_BACK
         for result in self._results:
-            result._life.settle(f"its transaction ended: {self.outcome.value}")
+            result._life.settled = f"its transaction ended: {self.outcome.value}"
+        if undecided:
+            self._unknown = CommitOutcomeUnknown(
+                settlement.undecided_created, settlement.undecided_superseded
+            )
+            logger.error("%s", self._unknown)
         await self._clean_up(settlement)
-        if not undecided:
-            return None
-        logger.error(
-            "outcome of COMMIT unknown; left alone: %s (new), %s (old)",
-            ", ".join(settlement.undecided_created),
-            ", ".join(settlement.undecided_superseded),
-        )
-        return CommitOutcomeUnknown(settlement.undecided_created, settlement.undecided_superseded)
 
     async def _end_transaction(self, watched: TransactionWatch) -> None:
         """Leave the session without a transaction, and the ledger with a verdict."""

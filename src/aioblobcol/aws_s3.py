@@ -134,7 +134,9 @@ class _Life:
             )
 
     def settle(self, direction: str) -> None:
-        """Settle in one *direction*; the same one again is fine, it repeats the deletes."""
+        """Settle by hand in one *direction*; the same one again repeats the deletes."""
+        if self.owner is not None:
+            raise ResultSpentError("this result belongs to a blob_transaction(), which settles it")
         if self.settled != direction:
             self.check_open(direction)
         self.settled = direction

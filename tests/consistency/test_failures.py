@@ -685,6 +685,31 @@ class TestResults:
             put.to_values()
         assert await contents(memory_store, database.engine) is None
 
+    async def test_a_block_settles_its_results_by_itself(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """Cleaning up by hand inside of the block, or after it, is refused."""
+        put = await put_s3(pk="u", api_calls=calls(b"1"), store=memory_store)
+        async with database.session() as session:
+            async with blob_transaction(session, put):
+                session.add(Task(url="u", **put.to_values()))
+                with pytest.raises(ResultSpentError, match="settles it"):
+                    await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+        with pytest.raises(ResultSpentError):
+            await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+
+        assert await contents(memory_store, database.engine) == (b"1", None)
+
+    async def test_the_other_direction_is_refused(self, memory_store: MemoryStore) -> None:
+        """A result that was settled one way cannot be settled the other way."""
+        put = await put_s3(pk="u", api_calls=calls(b"1"), store=memory_store)
+        await put.clean_up_old_s3_object_when_update_row_succeeded()
+        await put.clean_up_old_s3_object_when_update_row_succeeded()
+        with pytest.raises(ResultSpentError, match="written"):
+            await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+
+        assert len(memory_store.objects) == 1
+
     async def test_two_blocks_cannot_own_one_result(
         self, database: Database, memory_store: MemoryStore
     ) -> None:

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from .._sources import Payload
 from .._tasks import Background, run_to_end
@@ -79,7 +79,6 @@ class DeleteReport:
         )
 
 
-@runtime_checkable
 class Store(Protocol):
     """Where the bytes live. `S3Store` is the reference, `MemoryStore` the one for unit tests."""
 

@@ -134,16 +134,15 @@ class S3Store:
         return store
 
     async def __aenter__(self) -> Self:
-        if self._client is not None or self._stack is not None:
+        if self._stack is not None:
             raise StoreClosedError(f"{self!r} is entered already; open it once, at start-up")
-        async with contextlib.AsyncExitStack() as stack:
-            self._stack = stack
-            try:
-                self._client = await self._open_client(stack)
-            except BaseException:
-                self._stack = None
-                raise
-            self._stack = stack.pop_all()
+        self._stack = stack = contextlib.AsyncExitStack()
+        try:
+            self._client = await self._open_client(stack)
+        except BaseException:
+            self._stack = None
+            await stack.aclose()
+            raise
         self._runtime = Runtime(
             self.delete_many,
             max_concurrency=self._max_concurrency,
