@@ -557,3 +557,39 @@ class TestLifetimes:
 
         assert list(tx.report.failed) == [old]
         assert await contents(s3_store, sqlite.engine, orphans=(old or "",)) == (b"2", b"i")
+
+
+class TestOpening:
+    """What is wrong with the configuration is said in our words."""
+
+    async def test_an_endpoint_that_is_none(self, s3: S3Server) -> None:
+        """An endpoint without a scheme is bad input."""
+        store = dataclasses.replace(s3, endpoint_url="localhost").open_store(bucket="bucket")
+        with pytest.raises(InvalidInputError, match="localhost"):
+            async with store:
+                raise AssertionError("not reached")
+
+    async def test_a_profile_that_is_none(
+        self, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A profile that does not exist is an access error."""
+        monkeypatch.setenv("AWS_PROFILE", "nobody-made-this")
+        with pytest.raises(StoreAccessError, match="nobody-made-this"):
+            async with s3.open_store(bucket="bucket"):
+                raise AssertionError("not reached")
+
+    async def test_no_credentials(self, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without credentials nothing is sent, and the error says so."""
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "not-there")
+        monkeypatch.setenv("AWS_CONFIG_FILE", "not-there")
+        async with open_store(
+            bucket="bucket", endpoint_url=s3.endpoint_url, region_name="us-east-1"
+        ) as store:
+            with pytest.raises(BlobUploadError, match="NoCredentials") as caught:
+                await put_s3(pk="u", api_calls=calls(), store=store)
+
+            assert isinstance(caught.value.__cause__, StoreAccessError)
+            assert store.runtime.second_deletes == ()

@@ -10,7 +10,15 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 
 from ..errors import (
     BlobNotFoundError,
@@ -24,6 +32,12 @@ from ..errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+CREDENTIAL_ERRORS = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 _NOT_FOUND = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
 _NO_ACCESS = frozenset(
     {
@@ -50,6 +64,8 @@ def translating(operation: str, uri: str) -> Iterator[None]:
         yield
     except ClientError as exc:
         raise from_answer(operation, uri, exc) from exc
+    except CREDENTIAL_ERRORS as exc:
+        raise StoreAccessError(operation, uri, f"{type(exc).__name__}: {exc}") from exc
     except ParamValidationError as exc:
         raise InvalidPutArgumentsError(f"{operation} {uri}: {exc}") from exc
     except (TimeoutError, BotoCoreError, aiohttp.ClientError, OSError) as exc:

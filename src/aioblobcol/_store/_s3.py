@@ -138,10 +138,13 @@ class S3Store:
             raise StoreClosedError(f"{self!r} is entered already; open it once, at start-up")
         self._stack = stack = contextlib.AsyncExitStack()
         try:
-            self._client = await self._open_client(stack)
-        except BaseException:
+            with translating("open", root_uri(self._bucket, self._prefix)):
+                self._client = await self._open_client(stack)
+        except BaseException as exc:
             self._stack = None
             await stack.aclose()
+            if isinstance(exc, ValueError) and not isinstance(exc, InvalidInputError):
+                raise InvalidInputError(f"cannot open {self!r}: {exc}") from exc  # an endpoint
             raise
         self._runtime = Runtime(
             self.delete_many,

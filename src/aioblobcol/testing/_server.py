@@ -7,6 +7,8 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 
+from aiobotocore.config import AioConfig
+
 from .._store._s3 import S3Store, open_store
 
 
@@ -32,10 +34,11 @@ class S3Server:
 
     def open_store(self, *, bucket: str, prefix: str = "prefix", **arguments: object) -> S3Store:
         """Return `aioblobcol.open_store` for this server; the bucket must exist."""
+        direct = AioConfig(proxies={})  # HTTP_PROXY is not meant for this machine
         return open_store(
             bucket=bucket,
             prefix=prefix,
-            **{**self.client_arguments, **arguments},  # type: ignore[arg-type]  # passed through
+            **{"config": direct, **self.client_arguments, **arguments},
         )
 
     async def create_bucket(self, bucket: str) -> None:
