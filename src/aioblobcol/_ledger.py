@@ -94,8 +94,8 @@ class _Frame:
     unclear: dict[str, int] = dataclasses.field(default_factory=dict)
     unwritten: set[str] = dataclasses.field(default_factory=set)
     buried: set[str] = dataclasses.field(default_factory=set)  # were in a row that is gone
-    released: set[str] = dataclasses.field(default_factory=set)
-    removed_rows: bool = False
+    released: dict[str, int] = dataclasses.field(default_factory=dict)
+    removed_at: int = 0  # when rows were removed for the last time
 
     def absorb(self, inner: _Frame) -> None:
         for uri in inner.unwritten:
@@ -106,8 +106,8 @@ class _Frame:
         self.written.update(inner.written)
         self.unclear.update(inner.unclear)
         self.buried |= inner.buried
-        self.released |= inner.released
-        self.removed_rows |= inner.removed_rows
+        self.released.update(inner.released)
+        self.removed_at = max(self.removed_at, inner.removed_at)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Ledger:
         self._given_up: set[str] = set()
         self._doomed: set[str] = set()
         self._committed: dict[str, int] = {}
-        self._committed_deletes: set[str] = set()
+        self._committed_deletes: dict[str, int] = {}
         self._buried: set[str] = set()
         self._in_doubt: set[str] = set()
         self._kept: set[str] = set()
@@ -196,14 +196,16 @@ class Ledger:
         frame = self._frames[-1]
         self._clock += 1
         if removes and evidence is not Evidence.NOTHING:
-            frame.removed_rows = True
+            frame.removed_at = self._clock
         for uri in named:
             if uri in self._replaces:
                 self._note_new(frame, uri, evidence, is_delete)
-            if removes and uri in self._deletes:
+            # an UPDATE that names a new URI writes it, as far as we know
+            is_removal = is_delete or (removes and uri not in self._replaces)
+            if is_removal and uri in self._deletes:
                 self._guarded.add(uri)
                 if evidence is not Evidence.NOTHING:
-                    frame.released.add(uri)
+                    frame.released[uri] = self._clock
 
     def _note_new(self, frame: _Frame, uri: str, evidence: Evidence, is_delete: bool) -> None:
         if is_delete:
@@ -284,13 +286,13 @@ class Ledger:
         if outcome is Outcome.COMMITTED:
             self._committed.update(root.written)
             self._buried |= root.buried
-            self._committed_deletes |= self._deletes_done(root)
+            self._committed_deletes.update(self._deletes_done(root))
             self._kept |= root.unclear.keys() - self._committed.keys()
         elif outcome is Outcome.UNKNOWN:
             if not savepoints_held:
                 self._doomed.clear()
             self._in_doubt |= self._replaces.keys() - self._committed.keys() - self._lost()
-            self._in_doubt |= self._deletes.keys() - self._committed_deletes
+            self._in_doubt |= self._deletes.keys() - self._committed_deletes.keys()
         self._forget_work(root)
 
     # --- verdicts
@@ -311,15 +313,12 @@ class Ledger:
         root = _Frame(None)
         for frame in self._frames:
             root.absorb(frame)
+        done = self._committed_deletes.keys() | self._in_doubt | self._deletes_done(root).keys()
         return Demand(
             unwritten=tuple(
                 uri for uri in self._replaces if uri not in written and uri not in settled
             ),
-            unreleased=tuple(
-                uri
-                for uri in self._deletes
-                if uri not in self._committed_deletes | self._in_doubt | self._deletes_done(root)
-            ),
+            unreleased=tuple(uri for uri in self._deletes if uri not in done),
         )
 
     def settle(self) -> Settlement:
@@ -330,7 +329,8 @@ class Ledger:
         # a row that was written and then deleted named what it replaced for the last time, too
         final = [*certain, *(uri for uri in self._buried if uri not in certain and uri not in kept)]
         released = [old for new in final for old in self._replaced_by(new, certain, kept)]
-        released += [uri for uri in self._deletes if uri in self._committed_deletes]
+        gone = self._committed_deletes
+        released += [uri for uri in gone if certain.get(uri, 0) < gone[uri]]
         supersede = [uri for uri in dict.fromkeys(released) if uri not in kept]
         compensate = [
             uri
@@ -363,13 +363,13 @@ class Ledger:
             root.absorb(frame)
         return root.written
 
-    def _deletes_done(self, root: _Frame) -> set[str]:
+    def _deletes_done(self, root: _Frame) -> dict[str, int]:
         """Those that a statement named and matched, or, if none ever named them, any removal."""
-        return {
-            uri
-            for uri in self._deletes
-            if uri in root.released or (uri not in self._guarded and root.removed_rows)
-        }
+        done = dict(root.released)
+        if root.removed_at:
+            unnamed = self._deletes.keys() - self._guarded
+            done.update(dict.fromkeys(unnamed, root.removed_at))
+        return done
 
     def _replaced_by(
         self, new: str, certain: Mapping[str, int], kept: Collection[str]
@@ -399,4 +399,4 @@ class Ledger:
         frame.unwritten.clear()
         frame.buried.clear()
         frame.released.clear()
-        frame.removed_rows = False
+        frame.removed_at = 0

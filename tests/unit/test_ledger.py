@@ -768,6 +768,33 @@ class TestDeletes:
         ledger.end_root(Outcome.COMMITTED)
         assert set(ledger.settle().supersede) == {OLD, NEW}
 
+    @pytest.mark.parametrize("evidence", [Evidence.CHANGED, Evidence.UNCLEAR])
+    def test_written_again_after_its_delete_was_undone(
+        self, ledger: Ledger, evidence: Evidence
+    ) -> None:
+        """A row whose delete was rolled back, and that was written again, keeps its object."""
+        ledger.create(NEW, replaces=None)
+        insert(ledger, NEW)
+        ledger.savepoint("a")
+        ledger.delete(NEW)
+        delete(ledger, NEW)
+        ledger.rollback_to("a")
+        update(ledger, NEW, evidence=evidence)
+        ledger.end_root(Outcome.COMMITTED)
+
+        assert NEW not in ledger.settle().supersede
+        assert NEW not in ledger.settle().compensate
+
+    def test_a_new_row_deleted_by_primary_key_leaves_nothing(self, ledger: Ledger) -> None:
+        """A row that was written, then deleted without naming its object, leaves none."""
+        ledger.create(NEW, replaces=None)
+        insert(ledger, NEW)
+        ledger.delete(NEW)
+        delete(ledger)
+        ledger.end_root(Outcome.COMMITTED)
+
+        assert set(ledger.settle().supersede) == {OLD, NEW}
+
     @pytest.mark.parametrize(
         ("evidence", "expected"), [(Evidence.CHANGED, {NEW, OLD}), (Evidence.UNCLEAR, {NEW})]
     )
