@@ -95,7 +95,9 @@ class _Frame:
     unwritten: set[str] = dataclasses.field(default_factory=set)
     buried: set[str] = dataclasses.field(default_factory=set)  # were in a row that is gone
     released: dict[str, int] = dataclasses.field(default_factory=dict)
-    removed_at: int = 0  # when rows were removed for the last time
+    likely: dict[str, int] = dataclasses.field(default_factory=dict)
+    missed: set[str] = dataclasses.field(default_factory=set)  # a write of it found no row
+    shared: set[str] = dataclasses.field(default_factory=set)
 
     def absorb(self, inner: _Frame) -> None:
         for uri in inner.unwritten:
@@ -107,7 +109,9 @@ class _Frame:
         self.unclear.update(inner.unclear)
         self.buried |= inner.buried
         self.released.update(inner.released)
-        self.removed_at = max(self.removed_at, inner.removed_at)
+        self.likely.update(inner.likely)
+        self.missed = (self.missed | inner.missed) - inner.written.keys()
+        self.shared |= inner.shared
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Demand:
 
     unwritten: tuple[str, ...]
     unreleased: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,6 +146,7 @@ class Ledger:
     def __init__(self) -> None:
         self._replaces: dict[str, str | None] = {}  # every new URI, in order, and its old one
         self._deletes: dict[str, None] = {}
+        self._columns: dict[str, str] = {}
         self._made_in: dict[str, Hashable] = {}  # the session's savepoint of each upload
         self._frames = [_Frame(None)]
         self._given_up: set[str] = set()
@@ -151,21 +157,29 @@ class Ledger:
         self._in_doubt: set[str] = set()
         self._kept: set[str] = set()
         self._rehomed: set[str] = set()
-        self._guarded: set[str] = set()  # to be deleted, and named by a statement at some time
         self._clock = 0
 
     # --- what is to be done
 
-    def create(self, uri: str, *, replaces: str | None, savepoint: Hashable = None) -> None:
+    def create(
+        self,
+        uri: str,
+        *,
+        replaces: str | None,
+        column: str = "",
+        savepoint: Hashable = None,
+    ) -> None:
         """Record a new object, before its upload starts.
 
         Args:
             uri: the object.
+            column: the column that it is for.
             replaces: the old object of its cell.
             savepoint: the innermost savepoint of the session at this moment. It may not have
                 been sent yet: SQLAlchemy sends SAVEPOINT with the first statement in it.
         """
         self._replaces[uri] = replaces
+        self._columns[uri] = column
         self._made_in[uri] = savepoint
 
     def delete(self, uri: str) -> None:
@@ -192,20 +206,23 @@ class Ledger:
     def wrote(
         self, named: Collection[str], evidence: Evidence, *, removes: bool, is_delete: bool = False
     ) -> None:
-        """A statement that changes rows was answered."""
+        """A statement that changes rows was answered.
+
+        Args:
+            named: the URIs that it named.
+            evidence: what it proves about them.
+            removes: afterwards the rows that it changed do not name their old URIs any more.
+            is_delete: the rows are gone.
+        """
         frame = self._frames[-1]
         self._clock += 1
-        if removes and evidence is not Evidence.NOTHING:
-            frame.removed_at = self._clock
         for uri in named:
             if uri in self._replaces:
                 self._note_new(frame, uri, evidence, is_delete)
             # an UPDATE that names a new URI writes it, as far as we know
             is_removal = is_delete or (removes and uri not in self._replaces)
-            if is_removal and uri in self._deletes:
-                self._guarded.add(uri)
-                if evidence is not Evidence.NOTHING:
-                    frame.released[uri] = self._clock
+            if is_removal and uri in self._deletes and evidence is not Evidence.NOTHING:
+                frame.released[uri] = self._clock
 
     def _note_new(self, frame: _Frame, uri: str, evidence: Evidence, is_delete: bool) -> None:
         if is_delete:
@@ -215,11 +232,19 @@ class Ledger:
                 frame.unwritten.add(uri)
                 if evidence is Evidence.CHANGED:
                     frame.buried.add(uri)
-        elif evidence is Evidence.CHANGED:
+            return
+        if evidence is Evidence.SEVERAL:
+            frame.shared.add(uri)
+        if evidence in {Evidence.CHANGED, Evidence.SEVERAL}:
             frame.unclear.pop(uri, None)
             frame.written[uri] = self._clock
             frame.unwritten.discard(uri)
-        elif evidence is Evidence.UNCLEAR:
+            frame.missed.discard(uri)
+        elif evidence is Evidence.NOTHING:
+            frame.missed.add(uri)
+        elif evidence is Evidence.LIKELY and self._replaces[uri] is None:
+            frame.likely[uri] = self._clock  # nothing is deleted for it
+        else:
             frame.unclear[uri] = self._clock
 
     def confirmed(self, uri: str) -> None:
@@ -228,6 +253,10 @@ class Ledger:
             clock = frame.unclear.pop(uri, None)
             if clock is not None:
                 frame.written[uri] = clock
+
+    def confirmed_gone(self, uri: str) -> None:
+        """The row that named *uri* was read, and does not name it any more."""
+        self.wrote([uri], Evidence.CHANGED, removes=True, is_delete=True)
 
     def rehomed(self, uris: Iterable[str]) -> None:
         """Strings were put into rows: an old URI among them is not deleted, come what may."""
@@ -284,9 +313,9 @@ class Ledger:
             root.absorb(frame)
         self._frames = [root]
         if outcome is Outcome.COMMITTED:
-            self._committed.update(root.written)
+            self._committed.update(self._written())
             self._buried |= root.buried
-            self._committed_deletes.update(self._deletes_done(root))
+            self._committed_deletes.update(root.released)
             self._kept |= root.unclear.keys() - self._committed.keys()
         elif outcome is Outcome.UNKNOWN:
             if not savepoints_held:
@@ -296,6 +325,19 @@ class Ledger:
         self._forget_work(root)
 
     # --- verdicts
+
+    def column_of(self, uri: str) -> str | None:
+        """Return the column that a new URI was uploaded for."""
+        return self._columns.get(uri)
+
+    def replaced_by(self, uri: str) -> str | None:
+        """Return the old URI of a new one."""
+        return self._replaces.get(uri)
+
+    @property
+    def created(self) -> frozenset[str]:
+        """The new URIs."""
+        return frozenset(self._replaces)
 
     def unclear(self) -> list[str]:
         """New URIs that only statements without a row count have written."""
@@ -310,15 +352,14 @@ class Ledger:
         settled = (
             self._committed.keys() | self._lost() | self._in_doubt | self._kept | replaced_here
         )
-        root = _Frame(None)
-        for frame in self._frames:
-            root.absorb(frame)
-        done = self._committed_deletes.keys() | self._in_doubt | self._deletes_done(root).keys()
+        root = self._together()
+        done = self._committed_deletes.keys() | self._in_doubt | root.released.keys()
         return Demand(
             unwritten=tuple(
                 uri for uri in self._replaces if uri not in written and uri not in settled
             ),
             unreleased=tuple(uri for uri in self._deletes if uri not in done),
+            shared=tuple(sorted(root.shared)),
         )
 
     def settle(self) -> Settlement:
@@ -358,18 +399,16 @@ class Ledger:
     # --- helpers
 
     def _written(self) -> dict[str, int]:
+        root = self._together()
+        likely = {uri: at for uri, at in root.likely.items() if uri not in root.missed}
+        return likely | root.written
+
+    def _together(self) -> _Frame:
+        """Return what the open savepoints and the root have done so far."""
         root = _Frame(None)
         for frame in self._frames:
             root.absorb(frame)
-        return root.written
-
-    def _deletes_done(self, root: _Frame) -> dict[str, int]:
-        """Those that a statement named and matched, or, if none ever named them, any removal."""
-        done = dict(root.released)
-        if root.removed_at:
-            unnamed = self._deletes.keys() - self._guarded
-            done.update(dict.fromkeys(unnamed, root.removed_at))
-        return done
+        return root
 
     def _replaced_by(
         self, new: str, certain: Mapping[str, int], kept: Collection[str]
@@ -399,4 +438,6 @@ class Ledger:
         frame.unwritten.clear()
         frame.buried.clear()
         frame.released.clear()
-        frame.removed_at = 0
+        frame.likely.clear()
+        frame.missed.clear()
+        frame.shared.clear()

@@ -13,7 +13,7 @@ import enum
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event
+from sqlalchemy import Select, event, inspect, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
@@ -21,17 +21,22 @@ from sqlalchemy.pool import StaticPool
 
 from ._ledger import Facts, Ledger, is_refusal, judge
 from ._statements import (
+    Evidence,
     Kind,
     Statement,
-    column_values,
     count_sets,
+    empties_a_column,
     evidence_of,
     named_uris,
+    placements,
     read_statement,
+    sets_on_conflict,
 )
 from .errors import Outcome, UnsafeTransactionError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import SessionTransaction
 
@@ -63,17 +68,18 @@ NOT_OWNED_REFUSED = (
 class _Pending:
     """A statement that was sent and not answered yet."""
 
-    __slots__ = ("changes_before", "named", "sets", "statement", "was_in_transaction")
+    __slots__ = ("changes_before", "named", "sets", "statement", "text", "was_in_transaction")
 
     def __init__(
         self,
         statement: Statement,
+        text: str,
         named: set[str],
         sets: int,
         changes_before: int | None,
         was_in_transaction: bool,
     ) -> None:
-        self.statement, self.named, self.sets = statement, named, sets
+        self.statement, self.text, self.named, self.sets = statement, text, named, sets
         self.changes_before, self.was_in_transaction = changes_before, was_in_transaction
 
 
@@ -87,6 +93,8 @@ class TransactionWatch:
         self.last_outcome: Outcome | None = None
         self.is_open = False  # a root transaction uses a connection
         self.connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        # URI to attribute and identity of the objects that hold it, with a SELECT of their cell
+        self.cells: dict[str, dict[tuple[str, Any], Select[Any]]] = {}
         self._session = weakref.ref(session)
         self._modes: weakref.WeakKeyDictionary[Connection, Mode] = weakref.WeakKeyDictionary()
         self._pending: dict[int, _Pending] = {}
@@ -122,6 +130,23 @@ class TransactionWatch:
             self.facts.foreign_control = True
             raise UnsafeTransactionError(NOT_OWNED_REFUSED.format(what="another savepoint"))
 
+    def look_for_cells(self, uris: Collection[str]) -> None:
+        """Remember which loaded objects hold *uris*, so that their rows can be read again."""
+        session = self._session()
+        if session is not None and uris:
+            for instance in tuple(session.identity_map.values()):
+                self.note_cells(instance, uris)
+
+    def note_cells(self, instance: object, uris: Collection[str]) -> None:
+        """Remember which attributes of *instance* hold *uris*."""
+        state = inspect(instance)
+        for attribute in state.mapper.column_attrs:
+            uri = state.dict.get(attribute.key)
+            if isinstance(uri, str) and uri in uris and state.identity is not None:
+                keys = zip(state.mapper.primary_key, state.identity, strict=True)
+                row = select(attribute.columns[0]).where(*(key == value for key, value in keys))
+                self.cells.setdefault(uri, {})[attribute.key, state.key] = row
+
     def check_savepoint(self, connection: Connection) -> None:
         """Refuse a savepoint that might not be undone with its transaction."""
         if self._modes.get(connection) is Mode.LEGACY_SQLITE:
@@ -143,6 +168,7 @@ class TransactionWatch:
             changes_before = _total_changes(connection)
         self._pending[id(cursor)] = _Pending(
             statement,
+            text,
             named,
             count_sets(parameters, executemany=executemany),
             changes_before,
@@ -172,20 +198,61 @@ class TransactionWatch:
     ) -> None:
         if self.was_given_up and pending.named:
             self.facts.foreign_control = True  # it ran outside of the transaction that is gone
+        if not pending.named:
+            return
         evidence = evidence_of(
             pending.statement,
             rows=_rows_changed(connection, cursor, pending),
             sets=pending.sets,
         )
         kind = pending.statement.kind
-        self.ledger.wrote(
-            pending.named,
-            evidence,
-            removes=kind is not Kind.INSERT,
-            is_delete=kind is Kind.DELETE,
+        if kind is Kind.DELETE:
+            self.ledger.wrote(pending.named, evidence, removes=True, is_delete=True)
+            return
+        places, is_table = _placements(context)
+        if is_table:
+            self.ledger.rehomed(places)
+        for uri in pending.named & self.ledger.created:
+            grade = self._grade(uri, evidence, pending, places)
+            if grade is not None:
+                self.ledger.wrote([uri], grade, removes=False)
+        named_old = pending.named - self.ledger.created
+        if kind is Kind.UPDATE and named_old:
+            self._note_removal(named_old, evidence, pending, context, places)
+
+    def _grade(
+        self, uri: str, evidence: Evidence, pending: _Pending, places: dict[str, set[str]]
+    ) -> Evidence | None:
+        """Say what a statement proves about one new URI that it names; None for nothing at all.
+
+        It certainly put the URI into its column if it has a value of that name, or if it was
+        guarded with the URI that is replaced. Otherwise it may be another table's, such as an
+        outbox, or a condition.
+        """
+        names = places.get(uri, set())
+        is_for_its_column = (
+            self.ledger.column_of(uri) in names or self.ledger.replaced_by(uri) in pending.named
         )
-        if kind is not Kind.DELETE and pending.named:
-            self.ledger.rehomed(_values_set(context))
+        if not is_for_its_column:
+            is_nothing = evidence in {Evidence.NOTHING, Evidence.UNCLEAR}
+            return None if is_nothing else Evidence.LIKELY
+        if pending.statement.may_skip_rows and not sets_on_conflict(pending.text, names):
+            return Evidence.UNCLEAR  # an upsert that leaves this column of an old row alone
+        return evidence
+
+    def _note_removal(
+        self,
+        named_old: set[str],
+        evidence: Evidence,
+        pending: _Pending,
+        context: Any,
+        places: dict[str, set[str]],
+    ) -> None:
+        """An UPDATE that names old URIs in its condition, and empties or replaces a column."""
+        parameters = context.compiled_parameters if context.compiled is not None else ()
+        replaces = not self.ledger.created.isdisjoint(pending.named)
+        if replaces or empties_a_column(pending.text, parameters or ()):
+            self.ledger.wrote(named_old - places.keys(), evidence, removes=True)
 
     def failed(self, connection: Connection, error: ExceptionContext) -> None:
         """Something on the connection raised."""
@@ -234,6 +301,8 @@ class TransactionWatch:
 
     def root_ended(self) -> None:
         """The root transaction is over: judge it, and expect the next one."""
+        if not self.is_open:
+            return  # it never used a connection, so there is nothing to judge
         self.is_open = False
         self.last_outcome = judge(self.facts)
         self.ledger.end_root(
@@ -406,6 +475,12 @@ def _after_rollback(session: Session) -> None:
         watched.ledger.savepoint_rolled_back(savepoint)
 
 
+def _persistent_to_deleted(session: Session, instance: object) -> None:
+    watched = _by_session.get(session)
+    if watched is not None:
+        watched.note_cells(instance, watched.ledger.watched)
+
+
 def _savepoint_around(savepoint: SessionTransaction) -> SessionTransaction | None:
     outer = savepoint.parent
     while outer is not None and not outer.nested:
@@ -424,6 +499,7 @@ _SESSION_LISTENERS = (
     ("after_commit", _after_commit),
     ("after_rollback", _after_rollback),
     ("after_transaction_end", _after_transaction_end),
+    ("persistent_to_deleted", _persistent_to_deleted),
 )
 
 
@@ -528,12 +604,14 @@ def _rows_changed(connection: Connection, cursor: Any, pending: _Pending) -> int
     return rows
 
 
-def _values_set(context: Any) -> set[str]:
-    """Return what a compiled INSERT or UPDATE puts into columns; nothing for plain text."""
-    table = getattr(getattr(context.compiled, "statement", None), "table", None)
-    if table is None:
-        return set()
-    return column_values(context.compiled_parameters or (), set(table.c.keys()))
+def _placements(context: Any) -> tuple[dict[str, set[str]], bool]:
+    """Return under which names the URIs are put, and whether these are a table's columns."""
+    compiled = context.compiled
+    if compiled is None:
+        return {}, False
+    table = getattr(getattr(compiled, "statement", None), "table", None)
+    columns = None if table is None else {key: column.name for key, column in table.c.items()}
+    return placements(context.compiled_parameters or (), columns), table is not None
 
 
 def _sqlstate(error: BaseException) -> str | None:

@@ -36,6 +36,8 @@ class Evidence(enum.Enum):
     """What a finished statement proves about the URIs that it named."""
 
     CHANGED = "it changed every row that it was for"
+    SEVERAL = "it put one URI into more than one row"
+    LIKELY = "it changed rows, but not certainly the column that the upload was for"
     NOTHING = "it changed no row"
     UNCLEAR = "the number of rows that the driver tells does not say which"
 
@@ -70,6 +72,12 @@ _SKIPS = re.compile(
     r"|\bINSERT\s+(?:LOW_PRIORITY\s+|DELAYED\s+|HIGH_PRIORITY\s+)?IGNORE\b",
     re.IGNORECASE,
 )
+_ROW_NUMBER = re.compile(r"_m\d+\Z")  # of INSERT .. VALUES with several rows
+_ON_CONFLICT_SETS = re.compile(
+    r"\bDO\s+UPDATE\s+SET\b|\bON\s+DUPLICATE\s+KEY\s+UPDATE\b", re.IGNORECASE
+)
+_ASSIGNED = re.compile(r"(\"[^\"]+\"|`[^`]+`|\[[^\]]+\]|\w+)\s*=")
+_SETS_NULL = re.compile(r"=\s*NULL\b", re.IGNORECASE)
 _MANY_ROWS = re.compile(r"\)\s*,\s*\(")
 _BODY = re.compile(
     r"\s*CREATE\b.*?\b(?:TRIGGER|FUNCTION|PROCEDURE)\b.*\bBEGIN\b.*\bEND\b",
@@ -233,8 +241,10 @@ def evidence_of(statement: Statement, *, rows: int, sets: int) -> Evidence:
         # it was answered without an error, so every row is there; SQLite can have tables that
         # skip rows by themselves, and then it counts them
         return Evidence.CHANGED if rows < 0 or rows >= sets else Evidence.UNCLEAR
-    if rows == sets or (rows > sets == 1 and not is_insert):
+    if rows == sets:
         return Evidence.CHANGED
+    if rows > sets == 1 and not is_insert:
+        return Evidence.SEVERAL
     return Evidence.UNCLEAR  # more rows than sets: one set may have matched two, another none
 
 
@@ -257,16 +267,44 @@ def count_sets(parameters: Any, *, executemany: bool) -> int:
     return 1
 
 
-def column_values(
-    compiled_parameters: Iterable[Mapping[str, Any]], columns: AbstractSet[str]
-) -> set[str]:
-    """Return the strings that a compiled INSERT or UPDATE certainly puts into columns."""
-    return {
-        value
-        for parameters in compiled_parameters
-        for name, value in parameters.items()
-        if isinstance(value, str) and (name in columns or re.sub(r"_m\d+\Z", "", name) in columns)
-    }
+def placements(
+    compiled_parameters: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None
+) -> dict[str, set[str]]:
+    """Say under which names a compiled statement takes each URI.
+
+    Args:
+        compiled_parameters: name to value, for each set of parameters.
+        columns: key to name of the columns of the table that an INSERT or UPDATE changes; only
+            what is put into one of them is returned, under both. None for text, whose
+            parameters have the names that its author gave them.
+    """
+    found: dict[str, set[str]] = {}
+    for parameters in compiled_parameters:
+        for given, value in parameters.items():
+            if not isinstance(value, str) or "s3://" not in value:
+                continue
+            name = given if columns is None or given in columns else _ROW_NUMBER.sub("", given)
+            if columns is None:
+                found.setdefault(value, set()).add(name)
+            elif name in columns:
+                found.setdefault(value, set()).update((name, columns[name]))
+    return found
+
+
+def sets_on_conflict(text: str, names: AbstractSet[str]) -> bool:
+    """Tell whether an upsert sets one of the columns *names* in a row that is there already."""
+    clause = _ON_CONFLICT_SETS.search(text)
+    if clause is None:
+        return True  # it does nothing then, and the number of rows tells
+    assigned = {found.strip('"`[]') for found in _ASSIGNED.findall(text, clause.end())}
+    return not names.isdisjoint(assigned)
+
+
+def empties_a_column(text: str, compiled_parameters: Iterable[Mapping[str, Any]]) -> bool:
+    """Tell whether an UPDATE sets something to NULL."""
+    if _SETS_NULL.search(text):
+        return True
+    return any(value is None for each in compiled_parameters for value in each.values())
 
 
 def _find(value: str, watched: AbstractSet[str], named: set[str]) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import inspect, literal, select
+from sqlalchemy import literal, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
@@ -32,6 +32,7 @@ from .aws_s3 import (
 )
 from .errors import (
     BlobNotWrittenError,
+    BlobSharedError,
     BlobUploadError,
     CommitOutcomeUnknown,
     InvalidInputError,
@@ -65,8 +66,9 @@ _UNWRITTEN = (
     "it was undone with its savepoint."
 )
 _UNRELEASED = (
-    "delete_s3() names objects whose row was not changed: the statement matched nothing (another "
-    "transaction replaced or deleted the row first), or there was none."
+    "delete_s3() names objects of which no statement proves that their row is gone: it matched "
+    "nothing (another transaction replaced or deleted the row first), or it did not name them. "
+    "Delete the loaded object, or add guard(Task, html=..., image=...) to the statement's WHERE."
 )
 
 
@@ -168,7 +170,7 @@ class BlobTransaction:
                 result._life.owner = None
             raise
         for result in taken:
-            self._enter_in_ledger(result)
+            self._enter_in_ledger(self._watch, result)
         try:
             await check_isolation(self._session, self._watch)
         except BaseException:
@@ -241,9 +243,10 @@ class BlobTransaction:
             InvalidS3UriError, ForeignUriError: as `aioblobcol.aws_s3.delete_s3`.
         """
         result = delete_s3(s3_uris, store=self._check_inside(store))
+        assert self._watch is not None
         result._life.take(self)
         self._results.append(result)
-        self._enter_in_ledger(result)
+        self._enter_in_ledger(self._watch, result)
         return result
 
     async def __aexit__(
@@ -261,7 +264,7 @@ class BlobTransaction:
                 error = raised
         self._is_left = True
         try:
-            await run_to_end(self._settle(self._watch), seconds=self._settle_seconds())
+            await run_to_end(self._settle(self._watch, error), seconds=self._settle_seconds())
         except TimeoutError:  # each of its parts is bounded, so this is a store that is not
             logger.error("settling was given up; what it had not deleted is left alone")
         except asyncio.CancelledError as interrupted:
@@ -275,22 +278,37 @@ class BlobTransaction:
         """Send COMMIT, if nothing speaks against it, and wait for what it says."""
         await self._session.flush()
         await self._probe(watched)
-        await self._confirm_unclear()
+        await self._read_back(watched)
         self._check_demand()
         await run_to_end(self._session.commit(), seconds=self._commit_seconds)
 
-    async def _confirm_unclear(self) -> None:
-        """Read back what a statement without a row count may have written, by primary key."""
-        for uri in self._ledger.unclear():
-            for statement in _rows_with(self._session, uri):
-                if await self._session.scalar(statement) == uri:
-                    self._ledger.confirmed(uri)
+    async def _read_back(self, watched: TransactionWatch) -> None:
+        """Read by primary key what the statements alone do not prove.
+
+        Whether a new URI is in the row that it was meant for, where the driver does not tell how
+        many rows were changed; whether a row still names an object that is to be deleted, where
+        no statement named it.
+        """
+        ledger = self._ledger
+        unclear, unreleased = ledger.unclear(), ledger.demand().unreleased
+        watched.look_for_cells({*unclear, *unreleased})
+        for uri in unclear:
+            for (attribute, _), row in watched.cells.get(uri, {}).items():
+                if attribute == ledger.column_of(uri) and await self._session.scalar(row) == uri:
+                    ledger.confirmed(uri)
+        for uri in unreleased:
+            rows = watched.cells.get(uri, {}).values()
+            found = [await self._session.scalar(row) for row in rows]
+            if found and uri not in found:
+                ledger.confirmed_gone(uri)
 
     def _check_demand(self) -> None:
         if self._allow_unwritten:
             self._ledger.keep_unwritten()
             return
         demand = self._ledger.demand()
+        if demand.shared:
+            raise BlobSharedError(demand.shared)
         if demand.unwritten:
             raise BlobNotWrittenError(demand.unwritten, _UNWRITTEN)
         if demand.unreleased:
@@ -314,13 +332,14 @@ class BlobTransaction:
         requests = max((store.request_seconds for store in self._stores.values()), default=0.0)
         return 3 * self._commit_seconds + 3 * requests
 
-    async def _settle(self, watched: TransactionWatch) -> None:
+    async def _settle(self, watched: TransactionWatch, error: BaseException | None) -> None:
         """Roll back what is left, judge, and delete what may be deleted. Raises nothing."""
         await self._end_transaction(watched)
         watched.stop()
         settlement = self._ledger.settle()
         undecided = settlement.undecided_created or settlement.undecided_superseded
-        self.outcome = Outcome.UNKNOWN if undecided else watched.last_outcome or Outcome.ROLLED_BACK
+        nothing_sent = Outcome.COMMITTED if error is None else Outcome.ROLLED_BACK
+        self.outcome = Outcome.UNKNOWN if undecided else watched.last_outcome or nothing_sent
         for result in self._results:
             result._life.settled = f"its transaction ended: {self.outcome.value}"
         if undecided:
@@ -427,11 +446,14 @@ class BlobTransaction:
             raise InvalidInputError("which store? blob_transaction(session, store=...)")
         return chosen
 
-    def _enter_in_ledger(self, result: PutS3Result | DeleteS3Result) -> None:
+    def _enter_in_ledger(
+        self, watched: TransactionWatch, result: PutS3Result | DeleteS3Result
+    ) -> None:
         if isinstance(result, DeleteS3Result):
             for uri in result.s3_uris:
                 self._ledger.delete(uri)
                 self._stores[uri] = result._store
+            watched.look_for_cells(result.s3_uris)
             return
         for each in result._executed():
             self._record(result._store, each)
@@ -442,6 +464,7 @@ class BlobTransaction:
         self._ledger.create(
             result.new_s3_uri,
             replaces=result.old_s3_uri,
+            column=result.column,
             savepoint=self._session.sync_session.get_nested_transaction(),
         )
         self._stores[result.new_s3_uri] = store
@@ -456,17 +479,3 @@ def _execute(_session: Session, connection: Connection, statement: Select[Any]) 
 
 def _roll_back(_session: Session, connection: Connection) -> None:
     connection.connection.rollback()
-
-
-def _rows_with(session: AsyncSession, uri: str) -> list[Any]:
-    """Return a SELECT by primary key for each loaded object with an attribute that is *uri*."""
-    statements: list[Any] = []
-    for instance in session.sync_session.identity_map.values():
-        state = inspect(instance)
-        for attribute in state.mapper.column_attrs:
-            if state.dict.get(attribute.key) == uri:
-                keys = zip(state.mapper.primary_key, state.identity or (), strict=False)
-                statements.append(
-                    select(attribute.columns[0]).where(*(column == key for column, key in keys))
-                )
-    return statements

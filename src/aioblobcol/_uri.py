@@ -232,7 +232,7 @@ def encode_column(column: str) -> str:
 
 
 def new_object_id() -> str:
-    """Return a fresh UUIDv7 as 32 hexadecimal digits: keys sort by the time they were made.
+    """Return a fresh UUIDv7 as 32 hexadecimal digits; ids sort by the time they were made.
 
     Source: RFC 9562, section 5.7 (48 bits of Unix time in ms, version, 74 random bits).
     """

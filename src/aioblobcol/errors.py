@@ -20,6 +20,7 @@ AioBlobColError
     ├── UnsafeTransactionError         refused: the library could not judge how it ends
     ├── TransactionAbortedError        the database had already given the transaction up
     ├── BlobNotWrittenError            refused to commit: an upload went into no row
+    ├── BlobSharedError                refused to commit: one upload went into several rows
     └── CommitOutcomeUnknown           COMMIT was sent, no answer came; nothing was deleted
 """
 
@@ -211,6 +212,26 @@ class BlobNotWrittenError(TransactionError):
 
     def __str__(self) -> str:
         return f"{self.explanation} The transaction was rolled back: {_listed(self.uris)}"
+
+
+class BlobSharedError(TransactionError):
+    """Refused to commit, rolled back and undone: one upload went into several rows.
+
+    One object belongs to one cell: deleting it with one row would take it from the others.
+
+    Attributes:
+        uris: the objects.
+    """
+
+    def __init__(self, uris: Collection[str]) -> None:
+        super().__init__(tuple(uris))
+        self.uris = tuple(uris)
+
+    def __str__(self) -> str:
+        return (
+            "one UPDATE put an uploaded object into several rows: narrow its WHERE to one row, and "
+            f"upload once for each row. The transaction was rolled back: {_listed(self.uris)}"
+        )
 
 
 class CommitOutcomeUnknown(TransactionError):  # noqa: N818 - the name is a fact about the commit, and public

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert as postgres_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from support.databases import Database
@@ -18,6 +20,7 @@ from support.models import TASKS, Task, contents, load
 
 from aioblobcol import (
     BlobNotWrittenError,
+    BlobSharedError,
     BlobUploadError,
     DeleteReport,
     Outcome,
@@ -833,3 +836,213 @@ class TestSessions:
 
         assert len(memory_store.objects) == 3
         assert await contents(memory_store, database.engine, "4") == (b"4", None)
+
+
+class TestFalseEvidence:
+    """A statement that changed some row proves nothing about another one."""
+
+    async def _task(self, session: AsyncSession, database: Database, store: MemoryStore) -> Task:
+        await create(database, store)
+        await create(database, store, "v")
+        return await load(session)
+
+    async def test_an_upsert_that_leaves_the_column_alone(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """ON CONFLICT DO UPDATE of another column did not write the URI: refused."""
+        insert = sqlite_insert if database.is_sqlite else postgres_insert
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    await session.execute(
+                        insert(Task)
+                        .values(url="u", **put.to_values())
+                        .on_conflict_do_update(index_elements=["url"], set_={"title": "x"})
+                    )
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_an_upsert_that_sets_it(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """ON CONFLICT DO UPDATE of this column wrote it."""
+        insert = sqlite_insert if database.is_sqlite else postgres_insert
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                await session.execute(
+                    insert(Task)
+                    .values(url="u", **put.to_values())
+                    .on_conflict_do_update(index_elements=["url"], set_=put.to_values())
+                )
+
+        assert await contents(memory_store, database.engine) == (b"2", b"i")
+
+    @pytest.mark.parametrize("first", ["outbox", "update"])
+    async def test_an_outbox_that_names_the_uri(
+        self, database: Database, memory_store: MemoryStore, first: str
+    ) -> None:
+        """The URI in another column of another row is no proof that the row has it."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    note = f"replaced by {put.to_values()['html']}"
+                    outbox = sa.insert(TASKS).values(url="event", title=note)
+                    statements = [outbox, replace(put, url="typo")]
+                    for statement in statements if first == "outbox" else reversed(statements):
+                        await session.execute(statement)
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_an_outbox_of_a_create(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """Nor is it for a column that was empty before."""
+        async with database.engine.begin() as connection:
+            await connection.execute(sa.insert(TASKS).values(url="u"))
+        async with database.session() as session:
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2"))
+                    uri = put.to_values()["html"]
+                    await session.execute(sa.insert(TASKS).values(url="event", title=uri))
+                    await session.execute(replace(put, url="typo"))
+
+        assert memory_store.objects == {}
+
+    async def test_a_condition_that_mentions_the_uri(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """A statement that only mentions the URI did not write it."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    await session.execute(
+                        sa.text("UPDATE tasks SET title = 'x' WHERE url <> :x AND url = 'u'"),
+                        {"x": put.to_values()["html"]},
+                    )
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    @pytest.mark.parametrize("loaded", [True, False])
+    async def test_a_delete_that_missed_beside_another_change(
+        self, database: Database, memory_store: MemoryStore, loaded: bool
+    ) -> None:
+        """Changing another row does not make up for a DELETE that matched nothing."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            uris = [task.html, task.image]
+            if not loaded:
+                session.expunge_all()
+            with pytest.raises(BlobNotWrittenError, match="guard"):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    tx.delete_s3(uris)
+                    await session.execute(sa.delete(TASKS).where(TASKS.c.title == "no such"))
+                    await session.execute(
+                        sa.update(TASKS).where(TASKS.c.url == "v").values(title="x")
+                    )
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_a_commit_in_the_middle_does_not_spend_the_deletes(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An unrelated change that was committed in the middle releases nothing."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(KeyError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    tx.delete_s3([task.html, task.image])
+                    await session.execute(
+                        sa.update(TASKS).where(TASKS.c.url == "v").values(title="x")
+                    )
+                    await session.commit()
+                    await session.execute(sa.delete(TASKS).where(TASKS.c.url == "u"))
+                    raise KeyError
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_one_upload_in_several_rows(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An UPDATE without its WHERE would share one object between rows: refused."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobSharedError, match="WHERE"):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    await session.execute(sa.update(Task).values(**put.to_values()))
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_a_column_that_is_emptied_with_a_guard(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """UPDATE .. SET image = NULL, guarded with the old URI, releases its object."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            image = task.image
+            session.expunge_all()
+            async with blob_transaction(session, store=memory_store) as tx:
+                tx.delete_s3([image])
+                await session.execute(
+                    sa.update(Task).where(guard(Task, image=image)).values(image=None)
+                )
+
+        assert await contents(memory_store, database.engine) == (b"1", None)
+
+    async def test_a_guard_of_an_unrelated_update(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An UPDATE that is guarded with the old URI, and leaves the column alone: refused."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            image = task.image
+            session.expunge_all()
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    tx.delete_s3([image])
+                    await session.execute(
+                        sa.update(Task).where(guard(Task, image=image)).values(title="x")
+                    )
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    async def test_a_savepoint_of_the_connection(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """A savepoint that the session does not know of is followed as well."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    connection = await session.connection()
+                    savepoint = await connection.begin_nested()
+                    await session.execute(replace(put))
+                    await savepoint.rollback()
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")
+
+    @pytest.mark.parametrize("how", ["ROLLBACK TO a", "ROLLBACK TO SAVEPOINT a"])
+    async def test_a_savepoint_in_text(
+        self, database: Database, memory_store: MemoryStore, how: str
+    ) -> None:
+        """A savepoint that was written as text is followed as well."""
+        async with database.session() as session:
+            task = await self._task(session, database, memory_store)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"2", old=task))
+                    await session.execute(sa.text("SAVEPOINT a"))
+                    await session.execute(replace(put))
+                    await session.execute(sa.text(how))
+
+        assert await contents(memory_store, database.engine) == (b"1", b"i")

@@ -14,6 +14,7 @@ from aioblobcol.errors import (
     AioBlobColError,
     BlobNotFoundError,
     BlobNotWrittenError,
+    BlobSharedError,
     BlobUploadError,
     CleanUpError,
     CommitOutcomeUnknown,
@@ -70,6 +71,7 @@ EXAMPLES: list[AioBlobColError] = [
     BlobUploadError("html", NEW, "SlowDown.", {NEW: "AccessDenied"}),
     CleanUpError({OLD: "AccessDenied"}),
     BlobNotWrittenError([NEW], "It went into no row."),
+    BlobSharedError([NEW]),
     CommitOutcomeUnknown([NEW], [OLD]),
     CommitOutcomeUnknown([NEW], []),
 ]

@@ -690,11 +690,20 @@ class TestDeletes:
         ledger.end_root(Outcome.COMMITTED)
         assert ledger.settle() == Settlement((), (OLD,), (), ())
 
-    def test_a_delete_by_primary_key_releases(self, ledger: Ledger) -> None:
-        """A DELETE that does not name the URI is taken for the row's, if it changed a row."""
+    def test_a_delete_that_does_not_name_it_proves_nothing(self, ledger: Ledger) -> None:
+        """A DELETE that does not name the URI may be another row's."""
         delete(ledger)
 
+        assert ledger.demand() == Demand((), (OLD,))
+
+    def test_a_row_that_was_read_again_proves_it(self, ledger: Ledger) -> None:
+        """A row that was read and does not name the object any more releases it."""
+        delete(ledger)
+        ledger.confirmed_gone(OLD)
+
         assert ledger.demand() == Demand((), ())
+        ledger.end_root(Outcome.COMMITTED)
+        assert ledger.settle() == Settlement((), (OLD,), (), ())
 
     def test_a_guard_that_matched_nothing_is_refused(self, ledger: Ledger) -> None:
         """A guarded DELETE that matched nothing speaks against COMMIT, whatever else changed."""
@@ -791,6 +800,8 @@ class TestDeletes:
         insert(ledger, NEW)
         ledger.delete(NEW)
         delete(ledger)
+        ledger.confirmed_gone(NEW)
+        ledger.confirmed_gone(OLD)
         ledger.end_root(Outcome.COMMITTED)
 
         assert set(ledger.settle().supersede) == {OLD, NEW}

@@ -12,11 +12,13 @@ from aioblobcol._statements import (
     Evidence,
     Kind,
     Statement,
-    column_values,
     count_sets,
+    empties_a_column,
     evidence_of,
     named_uris,
+    placements,
     read_statement,
+    sets_on_conflict,
 )
 
 URI, OTHER_URI = "s3://bucket/prefix/a/id=1", "s3://bucket/prefix/b/id=2"
@@ -263,7 +265,7 @@ class TestEvidence:
         ("text", "rows", "sets", "expected"),
         [
             ("UPDATE t SET a = 1", 1, 1, Evidence.CHANGED),
-            ("UPDATE t SET a = 1", 3, 1, Evidence.CHANGED),
+            ("UPDATE t SET a = 1", 3, 1, Evidence.SEVERAL),
             ("UPDATE t SET a = 1", 0, 1, Evidence.NOTHING),
             ("UPDATE t SET a = 1", -1, 1, Evidence.UNCLEAR),
             ("UPDATE t SET a = 1", 2, 2, Evidence.CHANGED),
@@ -345,8 +347,45 @@ class TestNamedUris:
     def test_values_that_certainly_go_into_columns(self) -> None:
         """Parameters named after columns are values; those of the WHERE clause are not."""
         compiled = [{"html": URI, "html_m1": OTHER_URI, "html_1": "s3://b/guard", "id": 5}]
+        columns = {"html": "html_uri", "id": "id"}
 
-        assert column_values(compiled, {"html", "id"}) == {URI, OTHER_URI}
+        assert placements(compiled, columns) == {
+            URI: {"html", "html_uri"},
+            OTHER_URI: {"html", "html_uri"},
+        }
+
+    def test_text_has_the_names_of_its_author(self) -> None:
+        """The parameters of text are known by their names alone."""
+        assert placements([{"html": URI, "n": 1, "title": "no URI"}], None) == {URI: {"html"}}
+
+    @pytest.mark.parametrize(
+        ("text", "sets"),
+        [
+            ("INSERT INTO t (html) VALUES (?) ON CONFLICT DO NOTHING", True),
+            ("INSERT .. ON CONFLICT (id) DO UPDATE SET html = excluded.html", True),
+            ('INSERT .. ON CONFLICT (id) DO UPDATE SET n = t.n + 1, "html" = ?', True),
+            ("INSERT .. ON DUPLICATE KEY UPDATE `html` = VALUES(`html`)", True),
+            ("INSERT .. ON CONFLICT (id) DO UPDATE SET n = t.n + 1", False),
+            ("INSERT .. (html) .. ON CONFLICT (id) DO UPDATE SET n = excluded.n", False),
+        ],
+    )
+    def test_an_upsert_may_leave_the_column_alone(self, text: str, sets: bool) -> None:
+        """What an upsert sets in a row that is there already stands in its own clause."""
+        assert sets_on_conflict(text, {"html", "html_uri"}) is sets
+
+    @pytest.mark.parametrize(
+        ("text", "parameters", "empties"),
+        [
+            ("UPDATE t SET html = NULL WHERE html = ?", [{}], True),
+            ("UPDATE t SET html = ? WHERE html = ?", [{"html": None, "html_1": URI}], True),
+            ("UPDATE t SET n = ? WHERE html = ?", [{"n": 1, "html_1": URI}], False),
+        ],
+    )
+    def test_an_update_that_empties_a_column(
+        self, text: str, parameters: list[dict[str, object]], empties: bool
+    ) -> None:
+        """An UPDATE with a condition on the old URI empties its column with NULL."""
+        assert empties_a_column(text, parameters) is empties
 
 
 class TestAnyText:

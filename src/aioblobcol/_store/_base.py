@@ -137,7 +137,10 @@ class Store(Protocol):
 def is_owned(store: Store, uri: str) -> bool:
     """Tell whether *uri* lies under the store's own bucket and prefix."""
     root = root_uri(store.bucket, store.prefix)
-    return uri.startswith(root) and len(uri) > len(root)
+    if not uri.startswith(root):
+        return False
+    # S3 takes "prefix/../other" as it stands, a proxy on the way may not
+    return not {"", ".", ".."}.intersection(uri.removeprefix(root).split("/"))
 
 
 def owned_uris(store: Store, uris: Collection[str]) -> list[str]:
@@ -200,18 +203,29 @@ class Runtime:
 
         Those that are not due by then are made at once.
         """
-        await self.background.drain()
-        if self._sweeper is None or self._sweeper.done():
-            return
+        interrupted: asyncio.CancelledError | None = None
+        try:
+            await self.background.drain()
+        except asyncio.CancelledError as exc:
+            interrupted = exc
+        try:
+            await run_to_end(
+                self._finish_sweeping(drain_seconds),
+                seconds=drain_seconds + 3 * self._request_seconds,
+            )
+        except TimeoutError:
+            logger.error("given up at closing, orphans perhaps: %s", ", ".join(self.second_deletes))
+        if interrupted is not None:
+            raise interrupted
+
+    async def _finish_sweeping(self, drain_seconds: float) -> None:
         sweeper = self._sweeper
-
-        async def finish() -> None:
-            await asyncio.wait({sweeper}, timeout=drain_seconds)
-            self._closing = True
-            self._wake.set()
-            await asyncio.wait({sweeper})
-
-        await run_to_end(finish(), seconds=drain_seconds + 2 * self._request_seconds)
+        if sweeper is None or sweeper.done():
+            return
+        await asyncio.wait({sweeper}, timeout=drain_seconds)
+        self._closing = True
+        self._wake.set()
+        await sweeper
 
     async def _sweep(self) -> None:
         while self._due:

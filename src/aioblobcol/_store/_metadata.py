@@ -35,6 +35,11 @@ def encode_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
             ``-``, a value that is not a string, or more than 2 KiB in all.
     """
     encoded: dict[str, str] = {}
+    if len({name.lower() for name in metadata if isinstance(name, str)}) < len(metadata):
+        raise InvalidPutArgumentsError(
+            "two metadata names differ in case only, or are not strings: headers do not tell "
+            f"them apart: {sorted(map(str, metadata))}"
+        )
     for name, value in metadata.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InvalidPutArgumentsError(f"not a metadata name: {name!r}")
@@ -52,8 +57,14 @@ def encode_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def decode_metadata(headers: Mapping[str, str]) -> dict[str, str]:
-    """Undo `encode_metadata`. Names come back in lower case, as servers return them."""
-    return {name.lower(): _decode_value(value) for name, value in headers.items()}
+    """Undo `encode_metadata`. Names come back in lower case, as servers return them.
+
+    Ceph turns ``_`` in names into ``-``; the library's own name is found all the same.
+    """
+    decoded = {name.lower(): _decode_value(value) for name, value in headers.items()}
+    if "update-at" in decoded:
+        decoded.setdefault("update_at", decoded["update-at"])
+    return decoded
 
 
 def _encode_value(name: str, value: str) -> str:
