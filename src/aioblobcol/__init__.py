@@ -4,7 +4,7 @@
 transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
-from ._session import use_explicit_begin
+from ._connection import use_explicit_begin
 from ._store._base import DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
 from ._unit_of_work import BlobTransaction, blob_transaction

@@ -98,6 +98,7 @@ class _Frame:
     likely: dict[str, int] = dataclasses.field(default_factory=dict)
     missed: set[str] = dataclasses.field(default_factory=set)  # a write of it found no row
     shared: set[str] = dataclasses.field(default_factory=set)
+    mentioned: set[str] = dataclasses.field(default_factory=set)
 
     def absorb(self, inner: _Frame) -> None:
         for uri in inner.unwritten:
@@ -112,6 +113,7 @@ class _Frame:
         self.likely.update(inner.likely)
         self.missed = (self.missed | inner.missed) - inner.written.keys()
         self.shared |= inner.shared
+        self.mentioned |= inner.mentioned
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,7 +145,14 @@ class Settlement:
 class Ledger:
     """The books of one `blob_transaction`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_unwritten: bool = False) -> None:
+        """Open the books.
+
+        Args:
+            keeps_unwritten: take the user's word that a new URI which went into no row that
+                can be seen is in another one.
+        """
+        self._keeps_unwritten = keeps_unwritten
         self._replaces: dict[str, str | None] = {}  # every new URI, in order, and its old one
         self._deletes: dict[str, None] = {}
         self._columns: dict[str, str] = {}
@@ -202,6 +211,10 @@ class Ledger:
         return frozenset(self._replaces.keys() | old | self._deletes.keys())
 
     # --- what happened
+
+    def mentioned(self, named: Collection[str]) -> None:
+        """A statement that names these is about to be sent, whatever it is."""
+        self._frames[-1].mentioned.update(self._replaces.keys() & named)
 
     def wrote(
         self, named: Collection[str], evidence: Evidence, *, removes: bool, is_delete: bool = False
@@ -316,7 +329,12 @@ class Ledger:
             self._committed.update(self._written())
             self._buried |= root.buried
             self._committed_deletes.update(root.released)
-            self._kept |= root.unclear.keys() - self._committed.keys()
+            # what was sent, and is not proved to be in a row, may be in one that is not seen
+            unproved = root.unclear.keys() | root.mentioned
+            if self._keeps_unwritten:
+                unproved |= self._replaces.keys() - self._lost()
+            settled = self._committed.keys() | root.buried | root.released.keys()
+            self._kept |= unproved - settled - set(self._replaces.values())
         elif outcome is Outcome.UNKNOWN:
             if not savepoints_held:
                 self._doomed.clear()
@@ -325,6 +343,10 @@ class Ledger:
         self._forget_work(root)
 
     # --- verdicts
+
+    def written(self) -> list[str]:
+        """New URIs that certainly went into a row."""
+        return sorted(self._written())
 
     def column_of(self, uri: str) -> str | None:
         """Return the column that a new URI was uploaded for."""
@@ -349,10 +371,15 @@ class Ledger:
         """Say what the transaction has not done that its results say it does."""
         written = self._written()
         replaced_here = set(self._replaces.values()) | self._deletes.keys()
-        settled = (
-            self._committed.keys() | self._lost() | self._in_doubt | self._kept | replaced_here
-        )
         root = self._together()
+        settled = (
+            self._committed.keys()
+            | self._lost()
+            | self._in_doubt
+            | self._kept
+            | replaced_here
+            | root.buried
+        )
         done = self._committed_deletes.keys() | self._in_doubt | root.released.keys()
         return Demand(
             unwritten=tuple(
@@ -390,12 +417,6 @@ class Ledger:
             ),
         )
 
-    def keep_unwritten(self) -> tuple[str, ...]:
-        """Take the user's word that rows which we cannot see name these; return them."""
-        unwritten = self.demand().unwritten
-        self._kept |= set(unwritten)
-        return unwritten
-
     # --- helpers
 
     def _written(self) -> dict[str, int]:
@@ -421,8 +442,8 @@ class Ledger:
 
     def _lost(self) -> set[str]:
         """Doomed, and not written, as far as is known, by what came afterwards."""
-        unclear = {uri for frame in self._frames for uri in frame.unclear}
-        doomed = self._doomed - self._written().keys() - unclear - self._committed.keys()
+        named = {uri for frame in self._frames for uri in (*frame.unclear, *frame.mentioned)}
+        doomed = self._doomed - self._written().keys() - named - self._committed.keys()
         return doomed | self._given_up
 
     def _depth(self, name: str) -> int | None:
@@ -441,3 +462,4 @@ class Ledger:
         frame.likely.clear()
         frame.missed.clear()
         frame.shared.clear()
+        frame.mentioned.clear()

@@ -9,21 +9,34 @@ judged afterwards is refused before the first statement on it.
 
 from __future__ import annotations
 
-import enum
+import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Select, event, inspect, select
+from sqlalchemy import Insert, event, inspect
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import Pool, StaticPool
 
+from ._connection import (
+    Mode,
+    begin_and_look,
+    held_connections,
+    in_open_transaction,
+    is_still_open,
+    mode_of,
+    rows_changed,
+    sqlstate_of,
+    total_changes,
+    was_brought_along,
+)
 from ._ledger import Facts, Ledger, is_refusal, judge
 from ._statements import (
     Evidence,
     Kind,
     Statement,
+    assigned_uris,
     count_sets,
     empties_a_column,
     evidence_of,
@@ -37,73 +50,96 @@ from .errors import Outcome, UnsafeTransactionError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from sqlalchemy import Column
     from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine.interfaces import Dialect
     from sqlalchemy.orm import SessionTransaction
-
-
-class Mode(enum.Enum):
-    """How a connection's transactions work."""
-
-    EXPLICIT = "BEGIN is sent, and COMMIT ends it"
-    LEGACY_SQLITE = "the sqlite3 driver sends BEGIN by itself, but not before SAVEPOINT"
-    AUTOCOMMIT = "every statement is durable at once"
-
 
 AUTOCOMMIT_REFUSED = (
     "this engine or connection is in AUTOCOMMIT: every statement is durable at once and nothing "
     "can be rolled back, so no upload could be undone safely. Use another isolation level, such as "
     'create_async_engine(..., isolation_level="READ COMMITTED"); on SQLite, none.'
 )
-SAVEPOINT_REFUSED = (
-    "a savepoint on SQLite in the driver's legacy mode can become the transaction itself and "
-    "survive its rollback. Call aioblobcol.use_explicit_begin(engine) once, after "
+LEGACY_REFUSED = (
+    "{what} on SQLite in the driver's legacy mode: the driver sends no BEGIN before it, so that it "
+    "could survive a rollback. Call aioblobcol.use_explicit_begin(engine) once, after "
     "create_async_engine()."
 )
 NOT_OWNED_REFUSED = (
     "blob_transaction() commits and settles by itself, but this session is inside {what}. Leave "
     "out session.begin() and write `async with blob_transaction(session, ...):` in its place"
 )
+JOINED_REFUSED = (
+    "blob_transaction() must own its transaction, but this session is bound to a connection "
+    "{what}. Bind the session to the engine, or end that transaction first (session.commit())"
+)
+SEVERAL_BINDS_REFUSED = (
+    "this session is in a transaction, and with several binds nobody can tell on which "
+    "connections: end it (session.commit()) before blob_transaction()"
+)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """Where a loaded object holds a URI: a column, in the row with this primary key."""
+
+    attribute: str
+    column: Column[Any]
+    primary_key: tuple[Column[Any], ...]
+    identity: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Pending:
     """A statement that was sent and not answered yet."""
 
-    __slots__ = ("changes_before", "named", "sets", "statement", "text", "was_in_transaction")
-
-    def __init__(
-        self,
-        statement: Statement,
-        text: str,
-        named: set[str],
-        sets: int,
-        changes_before: int | None,
-        was_in_transaction: bool,
-    ) -> None:
-        self.statement, self.text, self.named, self.sets = statement, text, named, sets
-        self.changes_before, self.was_in_transaction = changes_before, was_in_transaction
+    statement: Statement
+    text: str
+    named: frozenset[str]
+    assigned: frozenset[str]
+    sets: int
+    changes_before: int | None
+    was_in_transaction: bool
 
 
 class TransactionWatch:
-    """What one session does, until `stop`. Make it with `watch`."""
+    """What one session does, until `stop`. Make it with `watch`.
+
+    Attributes:
+        facts: of the root transaction under way.
+        was_given_up: the database has rolled it back by itself.
+        last_outcome: of the last root transaction that used a connection.
+        is_open: a root transaction uses a connection.
+        cells: which loaded objects hold a URI.
+        targets: the column that a statement without proof may have put a new URI into.
+    """
 
     def __init__(self, session: Session, ledger: Ledger) -> None:
         self.ledger = ledger
         self.facts = Facts()
-        self.was_given_up = False  # the database rolled back by itself
+        self.was_given_up = False
         self.last_outcome: Outcome | None = None
-        self.is_open = False  # a root transaction uses a connection
+        self.is_open = False
         self.connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-        # URI to attribute and identity of the objects that hold it, with a SELECT of their cell
-        self.cells: dict[str, dict[tuple[str, Any], Select[Any]]] = {}
+        self.cells: dict[str, set[Cell]] = {}
+        self.targets: dict[str, Column[Any]] = {}
         self._session = weakref.ref(session)
         self._modes: weakref.WeakKeyDictionary[Connection, Mode] = weakref.WeakKeyDictionary()
+        self._transactions: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
         self._pending: dict[int, _Pending] = {}
         self._failed: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._is_refused = False
+        self._has_sent = False
 
     @property
     def is_doubtful(self) -> bool:
         """A statement failed, or was not answered, and none has succeeded since."""
         return bool(self._failed or self._pending)
+
+    def forget_failures(self) -> None:
+        """Every connection has just answered: no transaction is in the failed state."""
+        self._failed.clear()
+        self._pending.clear()
 
     def stop(self) -> None:
         """Forget the session and its connections."""
@@ -113,11 +149,12 @@ class TransactionWatch:
         for connection in self.connections:
             _by_connection.pop(connection, None)
 
-    # --- what the session and its connections report
+    # --- connections
 
-    def adopt(self, connection: Connection) -> None:
+    def adopt(self, connection: Connection, transaction: SessionTransaction) -> None:
         """Follow a connection that the session uses, or refuse it."""
         mode = self._modes[connection] = mode_of(connection)
+        self._transactions[connection] = connection.get_transaction()
         self.is_open = True
         self.connections.add(connection)
         self.facts.connections = len(self.connections)
@@ -126,54 +163,59 @@ class TransactionWatch:
         _listen_to_engine(connection.engine)
         if mode is Mode.AUTOCOMMIT:
             raise UnsafeTransactionError(AUTOCOMMIT_REFUSED)
-        if connection.in_nested_transaction():
-            self.facts.foreign_control = True
-            raise UnsafeTransactionError(NOT_OWNED_REFUSED.format(what="another savepoint"))
-
-    def look_for_cells(self, uris: Collection[str]) -> None:
-        """Remember which loaded objects hold *uris*, so that their rows can be read again."""
         session = self._session()
-        if session is not None and uris:
-            for instance in tuple(session.identity_map.values()):
-                self.note_cells(instance, uris)
-
-    def note_cells(self, instance: object, uris: Collection[str]) -> None:
-        """Remember which attributes of *instance* hold *uris*."""
-        state = inspect(instance)
-        for attribute in state.mapper.column_attrs:
-            uri = state.dict.get(attribute.key)
-            if isinstance(uri, str) and uri in uris and state.identity is not None:
-                keys = zip(state.mapper.primary_key, state.identity, strict=True)
-                row = select(attribute.columns[0]).where(*(key == value for key, value in keys))
-                self.cells.setdefault(uri, {})[attribute.key, state.key] = row
+        is_foreign = was_brought_along(connection, transaction) and (
+            session is None or session.bind is not connection  # that one was looked at before
+        )
+        if is_foreign or connection.in_nested_transaction():
+            self._is_refused = True
+            raise UnsafeTransactionError(JOINED_REFUSED.format(what="that somebody else opened"))
 
     def check_savepoint(self, connection: Connection) -> None:
         """Refuse a savepoint that might not be undone with its transaction."""
         if self._modes.get(connection) is Mode.LEGACY_SQLITE:
-            raise UnsafeTransactionError(SAVEPOINT_REFUSED)
+            raise UnsafeTransactionError(LEGACY_REFUSED.format(what="a savepoint"))
+
+    def check_control(self, connection: Connection) -> None:
+        """Note a transaction of the connection's own that is not the one the session began."""
+        if connection.get_transaction() is not self._transactions.get(connection):
+            self.facts.foreign_control = True
+
+    # --- statements
 
     def sends(
         self, connection: Connection, cursor: Any, text: str, parameters: Any, *, executemany: bool
     ) -> None:
         """A statement is on its way."""
         statement = read_statement(text, dialect=connection.dialect.name)
-        named: set[str] = set()
-        changes_before: int | None = None
-        if self._modes.get(connection) is Mode.AUTOCOMMIT:
+        is_in_transaction = in_open_transaction(connection) is True
+        mode = self._modes.get(connection)
+        self.check_control(connection)
+        if mode is Mode.AUTOCOMMIT:
             self.facts.autocommit = True  # somebody swallowed our refusal
-        if statement.kind is Kind.CONTROL:
+        if statement.kind is Kind.CONTROL or self._is_refused:
             self.facts.foreign_control = True
-        elif statement.kind.changes_rows:
-            named = named_uris(parameters, text, self.ledger.watched)
-            changes_before = _total_changes(connection)
+        self._has_sent = True
+        named = named_uris(parameters, text, self.ledger.watched)
+        if statement.kind.changes_rows and mode is Mode.LEGACY_SQLITE and not is_in_transaction:
+            self._check_legacy(statement)
+        self.ledger.mentioned(named)
         self._pending[id(cursor)] = _Pending(
             statement,
             text,
-            named,
+            frozenset(named),
+            frozenset(assigned_uris(statement, parameters, text, named)),
             count_sets(parameters, executemany=executemany),
-            changes_before,
-            _in_transaction(connection) is True,
+            total_changes(connection) if named else None,
+            is_in_transaction,
         )
+
+    def _check_legacy(self, statement: Statement) -> None:
+        # Source: sqlite3 documentation, isolation_level: BEGIN precedes these four only.
+        if statement.first_word not in {"INSERT", "UPDATE", "DELETE", "REPLACE"}:
+            raise UnsafeTransactionError(
+                LEGACY_REFUSED.format(what=f"a change that begins with {statement.first_word}")
+            )
 
     def answered(self, connection: Connection, cursor: Any, context: Any) -> None:
         """The statement was carried out without an error."""
@@ -191,86 +233,120 @@ class TransactionWatch:
         elif kind is Kind.ROLLBACK_TO:
             self.ledger.rollback_to(name)
         elif kind.changes_rows:
-            self._note_write(connection, cursor, context, pending)
+            if in_open_transaction(connection) is False:
+                self.facts.autocommit = True  # whatever the reason: it is durable already
+            if pending.named:
+                self._note_write(connection, cursor, context, pending)
 
     def _note_write(
         self, connection: Connection, cursor: Any, context: Any, pending: _Pending
     ) -> None:
-        if self.was_given_up and pending.named:
-            self.facts.foreign_control = True  # it ran outside of the transaction that is gone
-        if not pending.named:
-            return
+        statement = pending.statement
+        if _is_plain_insert(context) and not statement.may_skip_conflicts:
+            statement = dataclasses.replace(statement, may_skip_rows=False, is_countable=True)
         evidence = evidence_of(
-            pending.statement,
-            rows=_rows_changed(connection, cursor, pending),
+            statement,
+            rows=rows_changed(connection, cursor, pending.changes_before),
             sets=pending.sets,
         )
-        kind = pending.statement.kind
-        if kind is Kind.DELETE:
+        if statement.kind is Kind.DELETE:
             self.ledger.wrote(pending.named, evidence, removes=True, is_delete=True)
             return
-        places, is_table = _placements(context)
-        if is_table:
-            self.ledger.rehomed(places)
-        for uri in pending.named & self.ledger.created:
-            grade = self._grade(uri, evidence, pending, places)
+        self.ledger.rehomed(pending.assigned)
+        table = getattr(getattr(context.compiled, "statement", None), "table", None)
+        places = _placements(context, table)
+        for uri in pending.assigned & self.ledger.created:
+            names = places.get(uri, set())
+            grade = self._grade(uri, evidence, pending, names)
+            if grade is Evidence.UNCLEAR and table is not None and names:
+                self.targets[uri] = next(c for c in table.c if {c.key, c.name} & names)
             if grade is not None:
                 self.ledger.wrote([uri], grade, removes=False)
-        named_old = pending.named - self.ledger.created
-        if kind is Kind.UPDATE and named_old:
-            self._note_removal(named_old, evidence, pending, context, places)
+        released = pending.named - pending.assigned - self.ledger.created
+        if statement.kind is Kind.UPDATE and released:
+            replaces = not self.ledger.created.isdisjoint(pending.assigned)
+            parameters = context.compiled_parameters if context.compiled is not None else ()
+            if replaces or empties_a_column(pending.text, parameters or ()):
+                self.ledger.wrote(released, evidence, removes=True)
 
     def _grade(
-        self, uri: str, evidence: Evidence, pending: _Pending, places: dict[str, set[str]]
+        self, uri: str, evidence: Evidence, pending: _Pending, names: set[str]
     ) -> Evidence | None:
-        """Say what a statement proves about one new URI that it names; None for nothing at all.
+        """Say what a statement proves about one new URI that it assigns; None for nothing at all.
 
         It certainly put the URI into its column if it has a value of that name, or if it was
         guarded with the URI that is replaced. Otherwise it may be another table's, such as an
-        outbox, or a condition.
+        outbox.
         """
-        names = places.get(uri, set())
-        is_for_its_column = (
-            self.ledger.column_of(uri) in names or self.ledger.replaced_by(uri) in pending.named
-        )
-        if not is_for_its_column:
+        old = self.ledger.replaced_by(uri)
+        is_guarded = old is not None and old in pending.named - pending.assigned
+        if self.ledger.column_of(uri) not in names and not is_guarded:
             is_nothing = evidence in {Evidence.NOTHING, Evidence.UNCLEAR}
             return None if is_nothing else Evidence.LIKELY
-        if pending.statement.may_skip_rows and not sets_on_conflict(pending.text, names):
+        if pending.statement.may_skip_conflicts and not sets_on_conflict(pending.text, names):
             return Evidence.UNCLEAR  # an upsert that leaves this column of an old row alone
         return evidence
-
-    def _note_removal(
-        self,
-        named_old: set[str],
-        evidence: Evidence,
-        pending: _Pending,
-        context: Any,
-        places: dict[str, set[str]],
-    ) -> None:
-        """An UPDATE that names old URIs in its condition, and empties or replaces a column."""
-        parameters = context.compiled_parameters if context.compiled is not None else ()
-        replaces = not self.ledger.created.isdisjoint(pending.named)
-        if replaces or empties_a_column(pending.text, parameters or ()):
-            self.ledger.wrote(named_old - places.keys(), evidence, removes=True)
 
     def failed(self, connection: Connection, error: ExceptionContext) -> None:
         """Something on the connection raised."""
         cursor = getattr(error.execution_context, "cursor", None)
         pending = self._pending.pop(id(cursor), None)
-        self._failed.add(connection)
-        if pending is not None and pending.was_in_transaction and not _in_transaction(connection):
-            self.was_given_up = True
-            self.ledger.database_gave_up()
+        if not self.facts.is_sqlite:  # SQLite undoes the statement alone
+            self._failed.add(connection)
+        if pending is not None and pending.was_in_transaction:
+            self._look_whether_given_up(connection)
         if error.execution_context is not None:
             return  # a statement, or fetching its rows
         if self.facts.commit_sent and not self.facts.acknowledged:
             self.facts.commit_failed = True
             original = error.original_exception
             self.facts.answered = isinstance(original, Exception) and not error.is_disconnect
-            self.facts.refused = self.facts.answered and is_refusal(_sqlstate(original))
-        elif self.facts.rollback_sent:
+            self.facts.refused = self.facts.answered and is_refusal(sqlstate_of(original))
+        elif self.facts.rollback_sent and not error.is_disconnect:
             self.facts.rollback_failed = True
+
+    def _look_whether_given_up(self, connection: Connection) -> None:
+        if in_open_transaction(connection) is False:
+            self.was_given_up = True
+            self.ledger.database_gave_up()
+
+    # --- loaded objects
+
+    def look_for_cells(self, uris: Collection[str]) -> None:
+        """Remember which loaded objects hold *uris*, so that their rows can be read again."""
+        session = self._session()
+        if session is not None and uris:
+            for instance in tuple(session.identity_map.values()):
+                self.note_cells(instance, uris)
+
+    def note_cells(self, instance: object, uris: Collection[str]) -> None:
+        """Remember which attributes of *instance* hold *uris*."""
+        state = inspect(instance)
+        if state.identity is None:
+            return
+        for attribute in state.mapper.column_attrs:
+            uri = state.dict.get(attribute.key)
+            if isinstance(uri, str) and uri in uris:
+                cell = Cell(
+                    attribute.key, attribute.columns[0], state.mapper.primary_key, state.identity
+                )
+                self.cells.setdefault(uri, set()).add(cell)
+
+    # --- the ends of transactions
+
+    def sends_commit(self, connection: Connection) -> None:
+        """COMMIT is on its way."""
+        self.check_control(connection)
+        self.facts.doubtful |= self.is_doubtful
+        self.facts.commit_sent = True
+
+    def sends_rollback(self, connection: Connection) -> None:
+        """ROLLBACK is on its way."""
+        self.facts.rollback_sent = True
+        is_gone = in_open_transaction(connection) is False
+        began = self._modes.get(connection) is Mode.EXPLICIT
+        if is_gone and began and not self.was_given_up and not self.facts.commit_sent:
+            self.facts.foreign_control = True  # somebody else ended it on the same connection
 
     def acknowledged(self) -> None:
         """COMMIT was answered, on every connection."""
@@ -295,7 +371,7 @@ class TransactionWatch:
     def rolled_back(self) -> None:
         """ROLLBACK was answered; the connections are still ours."""
         for connection in self.connections:
-            is_open = _in_transaction(connection)
+            is_open = is_still_open(connection)
             if is_open is not None:
                 self.facts.still_open = is_open
 
@@ -304,6 +380,9 @@ class TransactionWatch:
         if not self.is_open:
             return  # it never used a connection, so there is nothing to judge
         self.is_open = False
+        goes_on = any(not c.closed and c.in_transaction() for c in self.connections)
+        if goes_on and self._has_sent:
+            self.facts.foreign_control = True  # so it was not the session's own
         self.last_outcome = judge(self.facts)
         self.ledger.end_root(
             self.last_outcome,
@@ -315,7 +394,7 @@ class TransactionWatch:
         self._pending.clear()
         self._failed.clear()
         self.facts = Facts()
-        self.was_given_up = False
+        self.was_given_up = self._is_refused = self._has_sent = False
 
 
 # --- watching --------------------------------------------------------------------------------
@@ -337,13 +416,13 @@ def check_ownership(session: AsyncSession) -> None:
         what = "a savepoint (begin_nested)"
     elif transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN:
         what = "a begin() block"
-    elif isinstance(sync.bind, Connection) and transaction is None and sync.bind.in_transaction():
-        what = "a transaction of the connection that it is bound to"
     if what is not None:
         raise UnsafeTransactionError(NOT_OWNED_REFUSED.format(what=what))
+    if isinstance(sync.bind, Connection) and sync.bind.in_transaction():
+        raise UnsafeTransactionError(JOINED_REFUSED.format(what="that is in a transaction"))
 
 
-async def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
+def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
     """Follow *session* from now on.
 
     Raises:
@@ -351,15 +430,19 @@ async def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
     """
     check_ownership(session)
     sync = session.sync_session
+    held = held_connections(sync.get_transaction())
+    if held is None:
+        raise UnsafeTransactionError(SEVERAL_BINDS_REFUSED)
     watched = TransactionWatch(sync, ledger)
     for name, listener in _SESSION_LISTENERS:
         if not event.contains(sync, name, listener):
             event.listen(sync, name, listener, insert=True)
     _by_session[sync] = watched
     try:
-        if session.in_transaction() and sync.bind is not None:
-            # it has read something already, so this returns the connection that it holds
-            watched.adopt((await session.connection()).sync_connection)  # type: ignore[arg-type]  # is set while open
+        for connection in held:
+            transaction = sync.get_transaction()
+            assert transaction is not None
+            watched.adopt(connection, transaction)
     except BaseException:
         watched.stop()
         raise
@@ -367,74 +450,30 @@ async def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
 
 
 async def check_isolation(session: AsyncSession, watched: TransactionWatch) -> None:
-    """Refuse an AUTOCOMMIT engine; ask each engine once, on a connection that is given back.
+    """Refuse AUTOCOMMIT before anything is uploaded.
+
+    Each engine is asked once, on a connection that is given back. Not asked, and refused at
+    their first statement, are the other binds of a session that has several, and a `StaticPool`,
+    whose one connection may be in somebody's transaction.
 
     Raises:
         UnsafeTransactionError: it is in AUTOCOMMIT.
     """
-    engine = session.sync_session.bind
-    if watched.connections or not isinstance(engine, Engine):
-        return  # what the session holds was looked at when it began, other binds will be
-    if isinstance(engine.pool, StaticPool):
-        return  # one connection for everybody: looking at it would end somebody's transaction
-    if engine not in _modes:
-        async with AsyncEngine(engine).connect() as connection:
-            _modes[engine] = await connection.run_sync(_begin_and_look)
-    if _modes[engine] is Mode.AUTOCOMMIT:
+    bind = session.sync_session.bind
+    mode: Mode | None = None
+    if watched.connections:
+        return  # looked at when the session began
+    if isinstance(bind, Connection):
+        mode = await session.run_sync(lambda _: begin_and_look(bind))
+    elif isinstance(bind, Engine) and not isinstance(bind.pool, StaticPool):
+        level = bind.get_execution_options().get("isolation_level")
+        known = _modes.setdefault(bind.pool, {})
+        if level not in known:
+            async with AsyncEngine(bind).connect() as connection:
+                known[level] = await connection.run_sync(begin_and_look)
+        mode = known[level]
+    if mode is Mode.AUTOCOMMIT:
         raise UnsafeTransactionError(AUTOCOMMIT_REFUSED)
-
-
-def _begin_and_look(connection: Connection) -> Mode:
-    with connection.begin() as transaction:
-        mode = mode_of(connection)
-        transaction.rollback()
-    return mode
-
-
-def mode_of(connection: Connection) -> Mode:
-    """Say how transactions work on a connection that has just begun one."""
-    if connection.dialect.name == "sqlite":
-        return _sqlite_mode(connection)
-    try:
-        autocommit = connection.dialect.detect_autocommit_setting(_dbapi(connection))
-    except NotImplementedError:  # this driver does not tell; the isolation level is what is left
-        autocommit = connection.get_isolation_level() == "AUTOCOMMIT"
-    return Mode.AUTOCOMMIT if autocommit else Mode.EXPLICIT
-
-
-def _sqlite_mode(connection: Connection) -> Mode:
-    driver = _driver(connection)
-    if driver.in_transaction:
-        return Mode.EXPLICIT
-    # aiosqlite does not pass on the attribute that Python 3.12 gave to sqlite3 connections
-    autocommit = getattr(getattr(driver, "_conn", driver), "autocommit", None)
-    if driver.isolation_level is None or autocommit is True:
-        return Mode.AUTOCOMMIT
-    return Mode.LEGACY_SQLITE
-
-
-def use_explicit_begin(engine: AsyncEngine) -> None:
-    """Make savepoints work on a SQLite engine: send BEGIN ourselves, not the driver.
-
-    Call it once, after ``create_async_engine``. It does nothing on other databases, and
-    respects a recipe of your own: BEGIN is sent only where no transaction is open yet.
-
-    Source: SQLAlchemy documentation, SQLite, "Enabling Non-Legacy SQLite Transactional Modes".
-    """
-    sync = engine.sync_engine
-    if sync.dialect.name == "sqlite" and not event.contains(sync, "begin", _send_begin):
-        event.listen(sync, "connect", _disable_driver_begin)
-        event.listen(sync, "begin", _send_begin)
-
-
-def _disable_driver_begin(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.isolation_level = None
-
-
-def _send_begin(connection: Connection) -> None:
-    wants_none = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    if not wants_none and not _driver(connection).in_transaction:
-        connection.exec_driver_sql("BEGIN")
 
 
 # --- listeners: they look the watch up and report --------------------------------------------
@@ -443,14 +482,16 @@ _by_session: weakref.WeakKeyDictionary[Session, TransactionWatch] = weakref.Weak
 _by_connection: weakref.WeakKeyDictionary[Connection, TransactionWatch] = (
     weakref.WeakKeyDictionary()
 )
-_modes: weakref.WeakKeyDictionary[Engine, Mode] = weakref.WeakKeyDictionary()
+# engines made by execution_options() share the pool, and may have a level of their own
+_modes: weakref.WeakKeyDictionary[Pool, dict[Any, Mode]] = weakref.WeakKeyDictionary()
+_dialects: weakref.WeakSet[Dialect] = weakref.WeakSet()
 
 
-def _after_begin(session: Session, _transaction: Any, connection: Connection) -> None:
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     watched = _by_session.get(session)
     # also called for each savepoint, on the connection that is known already
     if watched is not None and connection not in watched.connections:
-        watched.adopt(connection)
+        watched.adopt(connection, transaction)
 
 
 def _after_commit(session: Session) -> None:
@@ -475,10 +516,23 @@ def _after_rollback(session: Session) -> None:
         watched.ledger.savepoint_rolled_back(savepoint)
 
 
+def _after_flush(session: Session, _context: Any) -> None:
+    watched = _by_session.get(session)
+    if watched is not None:
+        for instance in session.dirty:  # they may be forgotten once they are flushed
+            watched.note_cells(instance, watched.ledger.created)
+
+
 def _persistent_to_deleted(session: Session, instance: object) -> None:
     watched = _by_session.get(session)
     if watched is not None:
         watched.note_cells(instance, watched.ledger.watched)
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    watched = _by_session.get(session)
+    if watched is not None and transaction.parent is None:
+        watched.root_ended()
 
 
 def _savepoint_around(savepoint: SessionTransaction) -> SessionTransaction | None:
@@ -488,18 +542,13 @@ def _savepoint_around(savepoint: SessionTransaction) -> SessionTransaction | Non
     return outer
 
 
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    watched = _by_session.get(session)
-    if watched is not None and transaction.parent is None:
-        watched.root_ended()
-
-
 _SESSION_LISTENERS = (
     ("after_begin", _after_begin),
     ("after_commit", _after_commit),
     ("after_rollback", _after_rollback),
-    ("after_transaction_end", _after_transaction_end),
+    ("after_flush", _after_flush),
     ("persistent_to_deleted", _persistent_to_deleted),
+    ("after_transaction_end", _after_transaction_end),
 )
 
 
@@ -529,14 +578,13 @@ def _handle_error(error: ExceptionContext) -> None:
 def _commit(connection: Connection) -> None:
     watched = _by_connection.get(connection)
     if watched is not None:
-        watched.facts.doubtful |= watched.is_doubtful
-        watched.facts.commit_sent = True
+        watched.sends_commit(connection)
 
 
 def _rollback(connection: Connection) -> None:
     watched = _by_connection.get(connection)
     if watched is not None:
-        watched.facts.rollback_sent = True
+        watched.sends_rollback(connection)
 
 
 def _commit_twophase(connection: Connection, _xid: Any, _is_prepared: bool) -> None:
@@ -558,7 +606,6 @@ def _savepoint(connection: Connection, _name: str) -> None:
 _ENGINE_LISTENERS = (
     ("before_cursor_execute", _before_cursor_execute),
     ("after_cursor_execute", _after_cursor_execute),
-    ("handle_error", _handle_error),
     ("commit", _commit),
     ("rollback", _rollback),
     ("commit_twophase", _commit_twophase),
@@ -571,52 +618,24 @@ def _listen_to_engine(engine: Engine) -> None:
     for name, listener in _ENGINE_LISTENERS:
         if not event.contains(engine, name, listener):
             event.listen(engine, name, listener)
+    # this one is the dialect's, which engines made by execution_options() share
+    if engine.dialect not in _dialects:
+        _dialects.add(engine.dialect)
+        event.listen(engine, "handle_error", _handle_error)
 
 
-# --- what drivers tell without a round trip --------------------------------------------------
+# --- what SQLAlchemy knows about a statement of its own --------------------------------------
 
 
-def _dbapi(connection: Connection) -> Any:
-    return connection.connection.dbapi_connection
-
-
-def _driver(connection: Connection) -> Any:
-    return connection.connection.driver_connection
-
-
-def _in_transaction(connection: Connection) -> bool | None:
-    """Return SQLite's own word; None from other databases, or when the connection is gone."""
-    if connection.dialect.name != "sqlite" or connection.closed or connection.invalidated:
-        return None
-    return bool(_driver(connection).in_transaction)
-
-
-def _total_changes(connection: Connection) -> int | None:
-    if connection.dialect.name != "sqlite":
-        return None
-    return int(_driver(connection).total_changes)
-
-
-def _rows_changed(connection: Connection, cursor: Any, pending: _Pending) -> int:
-    rows = int(cursor.rowcount)
-    if rows < 0 and pending.changes_before is not None:  # SQLite with RETURNING
-        rows = int(_driver(connection).total_changes) - pending.changes_before
-    return rows
-
-
-def _placements(context: Any) -> tuple[dict[str, set[str]], bool]:
-    """Return under which names the URIs are put, and whether these are a table's columns."""
-    compiled = context.compiled
-    if compiled is None:
-        return {}, False
-    table = getattr(getattr(compiled, "statement", None), "table", None)
+def _placements(context: Any, table: Any) -> dict[str, set[str]]:
+    """Return under which names a compiled statement takes each URI."""
+    if context.compiled is None:
+        return {}
     columns = None if table is None else {key: column.name for key, column in table.c.items()}
-    return placements(context.compiled_parameters or (), columns), table is not None
+    return placements(context.compiled_parameters or (), columns)
 
 
-def _sqlstate(error: BaseException) -> str | None:
-    for name in ("sqlstate", "pgcode"):
-        value = getattr(error, name, None)
-        if isinstance(value, str):
-            return value
-    return None
+def _is_plain_insert(context: Any) -> bool:
+    """Tell whether SQLAlchemy compiled INSERT .. VALUES, in however many batches and shapes."""
+    statement = getattr(context.compiled, "statement", None)
+    return isinstance(statement, Insert) and statement.select is None

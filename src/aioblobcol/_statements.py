@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -50,6 +51,10 @@ class Statement:
         kind: what it does.
         name: of a savepoint.
         may_skip_rows: INSERT .. ON CONFLICT, INSERT OR IGNORE, INSERT .. SELECT.
+        may_skip_conflicts: the first two of these.
+        first_word: in capitals.
+        code: the text with comments, literals and quoted names blanked out.
+        where_at: where the WHERE of an UPDATE stands in it.
         is_countable: False if the number of rows may be that of another part of it (a CTE that
             writes, several statements in one text), or of several rows that may be skipped.
     """
@@ -57,7 +62,11 @@ class Statement:
     kind: Kind
     name: str | None = None
     may_skip_rows: bool = False
+    may_skip_conflicts: bool = dataclasses.field(default=False, compare=False)
     is_countable: bool = True
+    first_word: str = dataclasses.field(default="", compare=False)
+    code: str = dataclasses.field(default="", repr=False, compare=False)
+    where_at: int | None = dataclasses.field(default=None, compare=False)
 
 
 _END = re.compile(";")
@@ -67,11 +76,16 @@ _RELEASE = re.compile(r"RELEASE\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE
 _ROLLBACK_TO = re.compile(
     r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE
 )
-_SKIPS = re.compile(
-    r"\bON\s+CONFLICT\b|\bOR\s+IGNORE\b|\bSELECT\b"
-    r"|\bINSERT\s+(?:LOW_PRIORITY\s+|DELAYED\s+|HIGH_PRIORITY\s+)?IGNORE\b",
-    re.IGNORECASE,
+_CONFLICTS = (
+    r"\bON\s+CONFLICT\b|\bON\s+DUPLICATE\s+KEY\b|\bOR\s+IGNORE\b"
+    r"|\bINSERT\s+(?:LOW_PRIORITY\s+|DELAYED\s+|HIGH_PRIORITY\s+)?IGNORE\b"
 )
+_SKIPS_CONFLICTS = re.compile(_CONFLICTS, re.IGNORECASE)
+_SKIPS = re.compile(rf"\bSELECT\b|{_CONFLICTS}", re.IGNORECASE)
+_WHERE = re.compile(r"[()]|\bWHERE\b", re.IGNORECASE)
+_NAMED = re.compile(r"(?<![:\w]):(?P<colon>\w+)|%\((?P<percent>\w+)\)s")
+_NUMBERED = re.compile(r"\$(?P<number>\d+)")
+_IN_ORDER = re.compile(r"\?|%s")
 _ROW_NUMBER = re.compile(r"_m\d+\Z")  # of INSERT .. VALUES with several rows
 _ON_CONFLICT_SETS = re.compile(
     r"\bDO\s+UPDATE\s+SET\b|\bON\s+DUPLICATE\s+KEY\s+UPDATE\b", re.IGNORECASE
@@ -112,6 +126,7 @@ _NO_CODE_MYSQL = re.compile(
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 
 
+@functools.lru_cache(maxsize=512)
 def read_statement(text: str, *, dialect: str) -> Statement:
     """Classify *text*, the SQL as it is sent."""
     bare = _blank_out(text, dialect)
@@ -123,9 +138,14 @@ def read_statement(text: str, *, dialect: str) -> Statement:
         for start, end in spans
         if bare[start:end].strip(" \t\r\n\f(")
     ]
-    if len(statements) == 1:
-        return statements[0]
-    return _read_several(statements)
+    whole = statements[0] if len(statements) == 1 else _read_several(statements)
+    first = _WORD.search(bare)
+    return dataclasses.replace(
+        whole,
+        first_word=first[0].upper() if first is not None else "",
+        code=bare,
+        where_at=_top_level_where(bare),
+    )
 
 
 def _read_several(statements: Sequence[Statement]) -> Statement:
@@ -186,7 +206,12 @@ def _read_write(word: str, code: str) -> Statement:
     if word == "INSERT":
         skips = _SKIPS.search(code) is not None
         many = skips and _MANY_ROWS.search(code) is not None
-        return Statement(Kind.INSERT, may_skip_rows=skips, is_countable=not many)
+        return Statement(
+            Kind.INSERT,
+            may_skip_rows=skips,
+            may_skip_conflicts=_SKIPS_CONFLICTS.search(code) is not None,
+            is_countable=not many,
+        )
     if word == "DELETE":
         return Statement(Kind.DELETE)
     if word in {"UPDATE", "MERGE", "REPLACE"}:
@@ -206,7 +231,7 @@ def _blank_out(text: str, dialect: str) -> str:
     while (found := pattern.search(text, at)) is not None:
         is_block = found[0] == "/*"
         end = _comment_end(text, found.end(), nests=dialect == "postgresql") if is_block else None
-        filler = " " if is_block or found[0].startswith(("--", "#")) else "?"
+        filler = " " if is_block or found[0].startswith(("--", "#")) else "~"
         parts += [text[at : found.start()], filler * ((end or found.end()) - found.start())]
         at = end or found.end()
     return "".join((*parts, text[at:]))
@@ -222,6 +247,63 @@ def _comment_end(text: str, at: int, *, nests: bool) -> int:
         if not depth:
             return edge.end()
     return len(text)
+
+
+def _top_level_where(code: str) -> int | None:
+    depth = 0
+    for found in _WHERE.finditer(code):
+        if found[0] == "(":
+            depth += 1
+        elif found[0] == ")":
+            depth -= 1
+        elif depth == 0:
+            return found.start()
+    return None
+
+
+def assigned_uris(
+    statement: Statement, parameters: Any, text: str, named: AbstractSet[str]
+) -> set[str]:
+    """Return those of the *named* URIs that a statement puts into rows, as far as can be told.
+
+    All of an INSERT's; of an UPDATE's those before its WHERE; in doubt, all. None of a DELETE's.
+    """
+    if statement.kind not in {Kind.INSERT, Kind.UPDATE}:
+        return set()
+    where = statement.where_at
+    if statement.kind is Kind.INSERT or not statement.is_countable or where is None:
+        return set(named)
+    is_many = isinstance(parameters, (list, tuple)) and parameters and _is_set(parameters[0])
+    sets = parameters if is_many else [parameters]
+    before = {
+        value
+        for each in sets
+        for at, value in _placed_parameters(statement.code, each)
+        if at < where and isinstance(value, str)
+    }
+    return {uri for uri in named if any(uri in value for value in before) or uri in text[:where]}
+
+
+def _placed_parameters(code: str, parameters: Any) -> Iterator[tuple[int, Any]]:
+    """Yield where in the text each parameter stands."""
+    if isinstance(parameters, Mapping):
+        for found in _NAMED.finditer(code):
+            yield found.start(), parameters.get(found["colon"] or found["percent"])
+        return
+    values = list(parameters or ())
+    numbered = list(_NUMBERED.finditer(code))
+    if numbered:
+        for found in numbered:
+            index = int(found["number"]) - 1
+            if index < len(values):
+                yield found.start(), values[index]
+        return
+    for found, value in zip(_IN_ORDER.finditer(code), values, strict=False):
+        yield found.start(), value
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, (Mapping, tuple, list))
 
 
 def evidence_of(statement: Statement, *, rows: int, sets: int) -> Evidence:
@@ -262,7 +344,7 @@ def count_sets(parameters: Any, *, executemany: bool) -> int:
     """Return how many sets of parameters were sent in one go."""
     is_list = isinstance(parameters, Sequence) and not isinstance(parameters, (str, bytes))
     # SQLAlchemy's insertmanyvalues reports one flat set of parameters as executemany, too
-    if executemany and is_list and all(isinstance(e, (Mapping, tuple, list)) for e in parameters):
+    if executemany and is_list and all(map(_is_set, parameters)):
         return len(parameters) or 1
     return 1
 

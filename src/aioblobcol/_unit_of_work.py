@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import literal, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import literal, select, tuple_
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 from ._ledger import Ledger, Settlement
@@ -42,19 +42,22 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
     from types import TracebackType
     from typing import Self
 
-    from sqlalchemy import Select
+    from sqlalchemy import Column, Select
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Session
 
     from ._uri import PrimaryKey
 
+T = TypeVar("T")
+
 logger = logging.getLogger("aioblobcol.transaction")
 
+_ROWS_PER_READ = 500
 _ABORTED = (
     "a statement of this transaction failed and its error was swallowed, so the database has "
     "given the transaction up and COMMIT would silently roll back. Put what may fail into "
@@ -147,7 +150,7 @@ class BlobTransaction:
         self._background = background
         self._allow_unwritten = allow_unwritten
         self._commit_seconds = commit_seconds
-        self._ledger = Ledger()
+        self._ledger = Ledger(keeps_unwritten=allow_unwritten)
         self._watch: TransactionWatch | None = None
         self._stores: dict[str, Store] = {}
         self._attempts: dict[str, Attempt] = {}
@@ -164,7 +167,7 @@ class BlobTransaction:
             for result in self._results:
                 result._life.take(self)
                 taken.append(result)
-            self._watch = await watch(self._session, self._ledger)
+            self._watch = watch(self._session, self._ledger)
         except BaseException:
             for result in taken:
                 result._life.owner = None
@@ -276,7 +279,10 @@ class BlobTransaction:
 
     async def _commit(self, watched: TransactionWatch) -> None:
         """Send COMMIT, if nothing speaks against it, and wait for what it says."""
-        await self._session.flush()
+        try:
+            await self._session.flush()
+        except PendingRollbackError as exc:
+            raise TransactionAbortedError(_ABORTED) from exc
         await self._probe(watched)
         await self._read_back(watched)
         self._check_demand()
@@ -292,23 +298,61 @@ class BlobTransaction:
         ledger = self._ledger
         unclear, unreleased = ledger.unclear(), ledger.demand().unreleased
         watched.look_for_cells({*unclear, *unreleased})
+        written = set(ledger.written())
+        buried = [uri for uri in watched.cells if uri in written]  # by the ORM, perhaps
+        in_cells = await self._read_cells(watched, [*unclear, *unreleased, *buried])
+        elsewhere = [uri for uri in unclear if uri not in watched.cells]
+        found = in_cells | await self._read_targets(watched, elsewhere)
         for uri in unclear:
-            for (attribute, _), row in watched.cells.get(uri, {}).items():
-                if attribute == ledger.column_of(uri) and await self._session.scalar(row) == uri:
-                    ledger.confirmed(uri)
-        for uri in unreleased:
-            rows = watched.cells.get(uri, {}).values()
-            found = [await self._session.scalar(row) for row in rows]
-            if found and uri not in found:
+            if uri in found:
+                ledger.confirmed(uri)
+        for uri in (*unreleased, *buried):
+            if uri in watched.cells and uri not in in_cells:
                 ledger.confirmed_gone(uri)
 
+    async def _read_cells(self, watched: TransactionWatch, uris: Sequence[str]) -> set[str]:
+        """Return those of *uris* that the cells of loaded objects still hold."""
+        wanted: dict[Column[Any], set[tuple[Any, ...]]] = {}
+        keys: dict[Column[Any], tuple[Column[Any], ...]] = {}
+        for uri in uris:
+            column = self._ledger.column_of(uri)
+            for cell in watched.cells.get(uri, ()):
+                if column is None or column == cell.attribute:  # not, say, that of an outbox
+                    wanted.setdefault(cell.column, set()).add(cell.identity)
+                    keys[cell.column] = cell.primary_key
+        found: set[str] = set()
+        for cell_column, identities in wanted.items():
+            for some in batched(sorted(identities, key=repr), _ROWS_PER_READ):
+                key = keys[cell_column]
+                is_wanted = (
+                    key[0].in_([identity[0] for identity in some])
+                    if len(key) == 1
+                    else tuple_(*key).in_(some)
+                )
+                found.update(await self._session.scalars(select(cell_column).where(is_wanted)))
+        return found
+
+    async def _read_targets(self, watched: TransactionWatch, uris: Sequence[str]) -> set[str]:
+        """Return those of *uris* that are in the column that a bulk statement was for.
+
+        By value, so it reads the whole table unless the column has an index.
+        """
+        wanted: dict[Column[Any], list[str]] = {}
+        for uri in uris:
+            if uri in watched.targets:
+                wanted.setdefault(watched.targets[uri], []).append(uri)
+        found: set[str] = set()
+        for column, values in wanted.items():
+            for some in batched(values, _ROWS_PER_READ):
+                found.update(await self._session.scalars(select(column).where(column.in_(some))))
+        return found
+
     def _check_demand(self) -> None:
-        if self._allow_unwritten:
-            self._ledger.keep_unwritten()
-            return
         demand = self._ledger.demand()
         if demand.shared:
             raise BlobSharedError(demand.shared)
+        if self._allow_unwritten:
+            return
         if demand.unwritten:
             raise BlobNotWrittenError(demand.unwritten, _UNWRITTEN)
         if demand.unreleased:
@@ -324,8 +368,9 @@ class BlobTransaction:
         try:
             for connection in tuple(watched.connections):
                 await self._session.run_sync(_execute, connection, probe)
-        except DBAPIError as exc:
+        except (DBAPIError, PendingRollbackError) as exc:
             raise TransactionAbortedError(_ABORTED) from exc
+        watched.forget_failures()
 
     def _settle_seconds(self) -> float:
         """Return the sum of the bounds of what `_settle` does."""
@@ -336,6 +381,8 @@ class BlobTransaction:
         """Roll back what is left, judge, and delete what may be deleted. Raises nothing."""
         await self._end_transaction(watched)
         watched.stop()
+        if error is None and watched.last_outcome is None:  # nothing was sent, and nothing failed
+            self._ledger.end_root(Outcome.COMMITTED)
         settlement = self._ledger.settle()
         undecided = settlement.undecided_created or settlement.undecided_superseded
         nothing_sent = Outcome.COMMITTED if error is None else Outcome.ROLLED_BACK
@@ -390,8 +437,7 @@ class BlobTransaction:
         kept = {
             uri: reason
             for uri in settlement.supersede
-            if (reason := why_kept(uri, self._replaced_by.get(uri, uri))) is not None
-            and uri in self._replaced_by
+            if (reason := why_kept(uri, self._replaced_by.get(uri))) is not None
         }
         supersede = [uri for uri in settlement.supersede if uri not in kept]
         self.report = DeleteReport(kept=kept)
@@ -471,6 +517,12 @@ class BlobTransaction:
         if result.old_s3_uri is not None:
             self._stores.setdefault(result.old_s3_uri, store)
             self._replaced_by[result.old_s3_uri] = result.new_s3_uri
+
+
+def batched(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut *values* into pieces of *size* at most."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def _execute(_session: Session, connection: Connection, statement: Select[Any]) -> None:

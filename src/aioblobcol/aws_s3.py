@@ -11,7 +11,9 @@ a result is settled once, in one direction; the caller's arguments are never cha
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -260,7 +262,9 @@ class DeleteS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was deleted")
-        return await delete_all(self._store, self.s3_uris)
+        kept = {uri: why for uri in self.s3_uris if (why := why_kept(uri, None)) is not None}
+        report = await delete_all(self._store, [uri for uri in self.s3_uris if uri not in kept])
+        return report.merged_with(DeleteReport(kept=kept))
 
     def __await__(self) -> Generator[Any, None, NoReturn]:
         raise TypeError(
@@ -514,23 +518,25 @@ async def batch_delete_s3_objects(s3_client: Any, s3_uri_list: Sequence[str]) ->
     buckets: dict[str, list[str]] = {}
     for uri in s3_uri_list:
         buckets.setdefault(split_s3_uri(uri)[0], []).append(uri)
-    report = DeleteReport()
-    for bucket, uris in buckets.items():
-        store = S3Store.borrow(s3_client, bucket=bucket, prefix="")
-        report = report.merged_with(await delete_all(store, uris))
-    return report
+    reports = await asyncio.gather(
+        *(
+            delete_all(S3Store.borrow(s3_client, bucket=bucket, prefix=""), uris)
+            for bucket, uris in buckets.items()
+        )
+    )
+    return functools.reduce(DeleteReport.merged_with, reports, DeleteReport())
 
 
-def why_kept(old_s3_uri: str, new_s3_uri: str) -> str | None:
-    """Say why a superseded object is not deleted, or None if it is.
+def why_kept(old_s3_uri: str, new_s3_uri: str | None) -> str | None:
+    """Say why an object that no row names any more is not deleted, or None if it is.
 
     A key without an id of its own is sqlalchemy_mate's: shared by nature, so it goes only when
     this very primary key and column supersedes it.
     """
     if is_one_attempt(old_s3_uri):
         return None
-    content_of_new = new_s3_uri.rsplit("/md5=", 1)[0]
-    if re.fullmatch(rf"{re.escape(content_of_new)}/md5=[0-9a-f]{{32}}", old_s3_uri):
+    content_of_new = (new_s3_uri or "").rsplit("/md5=", 1)[0]
+    if new_s3_uri and re.fullmatch(rf"{re.escape(content_of_new)}/md5=[0-9a-f]{{32}}", old_s3_uri):
         return None
     return "not made for this primary key and column, so it may be shared"
 

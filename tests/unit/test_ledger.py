@@ -322,13 +322,15 @@ class TestDemand:
 
         assert ledger.demand().unwritten == (NEW,)
 
-    def test_a_deleted_row_is_unwritten(self, ledger: Ledger) -> None:
-        """A new URI whose row was deleted again is in no row."""
+    def test_a_row_that_came_and_went_leaves_nothing(self, ledger: Ledger) -> None:
+        """A new URI whose row was deleted again is in no row, and goes with the commit."""
         ledger.create(NEW, replaces=None)
         insert(ledger, NEW)
         delete(ledger, NEW)
 
-        assert ledger.demand().unwritten == (NEW,)
+        assert ledger.demand().unwritten == ()
+        ledger.end_root(Outcome.COMMITTED)
+        assert ledger.settle() == Settlement((NEW,), (), (), ())
 
     def test_a_delete_that_matched_nothing_takes_nothing_back(self, ledger: Ledger) -> None:
         """A DELETE that changed no row leaves a written URI written."""
@@ -338,13 +340,29 @@ class TestDemand:
 
         assert ledger.demand().unwritten == ()
 
-    def test_allow_unwritten_keeps_both_sides(self, ledger: Ledger) -> None:
+    def test_allow_unwritten_keeps_both_sides(self) -> None:
         """Taking the user's word for an unseen write leaves the new and the old object alone."""
+        ledger = Ledger(keeps_unwritten=True)
         ledger.create(NEW, replaces=OLD)
-
-        assert ledger.keep_unwritten() == (NEW,)
         ledger.end_root(Outcome.COMMITTED)
+
         assert ledger.settle() == NOTHING_TO_DO
+
+    def test_what_was_mentioned_may_be_in_a_row(self, ledger: Ledger) -> None:
+        """A URI that a committed statement mentioned is not deleted, proof or not."""
+        ledger.create(NEW, replaces=OLD)
+        ledger.mentioned([NEW])
+        ledger.end_root(Outcome.COMMITTED)
+
+        assert ledger.settle() == NOTHING_TO_DO
+
+    def test_what_was_mentioned_and_rolled_back_is_in_no_row(self, ledger: Ledger) -> None:
+        """Rolled back is rolled back, mentioned or not."""
+        ledger.create(NEW, replaces=OLD)
+        ledger.mentioned([NEW])
+        ledger.end_root(Outcome.ROLLED_BACK)
+
+        assert ledger.settle() == Settlement((NEW,), (), (), ())
 
     def test_what_was_given_up_is_not_demanded(self, ledger: Ledger) -> None:
         """A failed upload need not be written, and is deleted whichever way the block ends."""
@@ -510,8 +528,9 @@ class TestSavepoints:
         ledger.savepoint("a")
         delete(ledger, NEW)
         ledger.release("a")
+        ledger.end_root(Outcome.COMMITTED)
 
-        assert ledger.demand().unwritten == (NEW,)
+        assert ledger.settle() == Settlement((NEW,), (), (), ())
 
     @pytest.mark.parametrize("outcome", list(Outcome))
     def test_an_upload_inside_is_doomed_with_it(self, ledger: Ledger, outcome: Outcome) -> None:

@@ -215,6 +215,7 @@ class Runtime:
             )
         except TimeoutError:
             logger.error("given up at closing, orphans perhaps: %s", ", ".join(self.second_deletes))
+        await self.background.drain()  # what was submitted meanwhile
         if interrupted is not None:
             raise interrupted
 
