@@ -453,6 +453,11 @@ SHOWN_BY = {
         (FAILURES, "test_an_update_that_matched_nothing"),
         (FAILURES, "test_written_in_a_savepoint_that_was_rolled_back"),
     ],
+    "One UPDATE puts an upload into several rows": [(FAILURES, "test_one_upload_in_several_rows")],
+    "A row that `delete_s3` speaks of is not proved to be gone": [
+        (FAILURES, "test_a_delete_that_matched_nothing"),
+        (FAILURES, "test_a_delete_that_missed_beside_another_change"),
+    ],
     "The server refuses COMMIT": [
         (OUTCOMES, "test_a_deferred_constraint"),
         (OUTCOMES, "test_serialization_failure_and_the_retry_loop"),

@@ -334,7 +334,7 @@ class Ledger:
             if self._keeps_unwritten:
                 unproved |= self._replaces.keys() - self._lost()
             settled = self._committed.keys() | root.buried | root.released.keys()
-            self._kept |= unproved - settled - set(self._replaces.values())
+            self._kept |= unproved - settled
         elif outcome is Outcome.UNKNOWN:
             if not savepoints_held:
                 self._doomed.clear()

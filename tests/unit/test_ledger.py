@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     multiple,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from aioblobcol._ledger import Demand, Facts, Ledger, Settlement, is_refusal, judge
@@ -355,6 +356,17 @@ class TestDemand:
         ledger.end_root(Outcome.COMMITTED)
 
         assert ledger.settle() == NOTHING_TO_DO
+
+    def test_an_unclear_write_is_kept_although_another_upload_was_to_replace_it(
+        self, ledger: Ledger
+    ) -> None:
+        """An upload that may be in a row stays, also when one that is in none replaces it."""
+        ledger.create(NEW, replaces=OLD)
+        update(ledger, NEW, evidence=Evidence.UNCLEAR)
+        ledger.create("s3://b/p/newer", replaces=NEW)
+        ledger.end_root(Outcome.COMMITTED)
+
+        assert ledger.settle() == Settlement(("s3://b/p/newer",), (), (), ())
 
     def test_what_was_mentioned_and_rolled_back_is_in_no_row(self, ledger: Ledger) -> None:
         """Rolled back is rolled back, mentioned or not."""
@@ -1009,3 +1021,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_as_many_programs_as_take_minutes() -> None:
+    """No program of 20,000 makes the ledger delete what a row names, or forget what none does."""
+    many = settings(max_examples=20_000, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(LedgerMachine, settings=many)

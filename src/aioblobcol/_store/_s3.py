@@ -212,12 +212,15 @@ class S3Store:
         Raises:
             InvalidPutArgumentsError: unknown, wrongly typed, or owned by the library.
         """
+        client = self.client
+        if not request.arguments:
+            return  # what is left is the library's own
         owned = sorted(_OWNED_ARGUMENTS.intersection(request.arguments))
         if owned:
             raise InvalidPutArgumentsError(
                 f"column {request.column!r}: {', '.join(owned)} is set by the library"
             )
-        model = self.client.meta.service_model.operation_model("PutObject")
+        model = client.meta.service_model.operation_model("PutObject")
         report = ParamValidator().validate(self._put_arguments(request), model.input_shape)
         unknown = sorted(set(request.arguments) - set(model.input_shape.members))
         if unknown or report.has_errors():
