@@ -134,12 +134,15 @@ class Settlement:
         supersede: old objects that certainly no row names any more.
         undecided_created: new objects in doubt; left alone.
         undecided_superseded: old objects in doubt; left alone.
+        kept: objects that a committed transaction leaves alone: not proved to be in a row, or
+            to be gone from theirs.
     """
 
     compensate: tuple[str, ...]
     supersede: tuple[str, ...]
     undecided_created: tuple[str, ...]
     undecided_superseded: tuple[str, ...]
+    kept: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 class Ledger:
@@ -415,6 +418,7 @@ class Ledger:
                     + [uri for uri in self._deletes if uri in doubt]
                 )
             ),
+            kept=tuple(sorted((kept | self._deletes.keys()) - doubt - set(supersede))),
         )
 
     # --- helpers

@@ -68,6 +68,7 @@ _UNWRITTEN = (
     "the statement matched nothing (another transaction replaced or deleted the row first), or "
     "it was undone with its savepoint."
 )
+_NOT_PROVED = "no statement proved that it is in a row, or that its row is gone"
 _UNRELEASED = (
     "delete_s3() names objects of which no statement proves that their row is gone: it matched "
     "nothing (another transaction replaced or deleted the row first), or it did not name them. "
@@ -102,13 +103,16 @@ def blob_transaction(
         background: let the store delete superseded objects after the block was left, so that
             the request does not wait for it. The store finishes them when it closes.
         allow_unwritten: commit although a new URI went into no row that could be seen, because
-            something else writes it. Such objects, and those they supersede, are left alone.
+            something else writes it. Such objects, and those they supersede, are left alone, and
+            named in ``report.kept``.
         commit_seconds: how long COMMIT, and separately ROLLBACK, may take.
 
     Raises:
         UnsafeTransactionError: on entering, or before the first byte: the transaction could not
             be judged afterwards. Results that were handed in stay the caller's.
-        BlobNotWrittenError: on leaving: an upload went into no row; rolled back and undone.
+        BlobNotWrittenError: on leaving: an upload went into no row, or a row that ``delete_s3``
+            speaks of is not proved to be gone; rolled back and undone.
+        BlobSharedError: on leaving: an UPDATE put one upload into several rows; the same.
         TransactionAbortedError: on leaving: the database had given up; rolled back and undone.
         CommitOutcomeUnknown: on leaving: the answer to COMMIT was lost; nothing was deleted.
     """
@@ -440,6 +444,8 @@ class BlobTransaction:
             if (reason := why_kept(uri, self._replaced_by.get(uri))) is not None
         }
         supersede = [uri for uri in settlement.supersede if uri not in kept]
+        if self.outcome is Outcome.COMMITTED:
+            kept.update(dict.fromkeys(settlement.kept, _NOT_PROVED))
         self.report = DeleteReport(kept=kept)
         work = [
             self._clean_up_store(

@@ -286,7 +286,7 @@ class TestOldUriKept:
                     )
 
         new = put.put_s3backed_column_results[0].new_s3_uri
-        assert list(tx.report.kept) == []
+        assert list(tx.report.kept) == [old]
         assert await contents(memory_store, database.engine, orphans=(new,)) == (b"old", None)
 
     async def test_moved_into_a_history(
