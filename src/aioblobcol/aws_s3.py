@@ -588,12 +588,11 @@ def _request(
     )
     extra = dict(call.extra_put_object_kwargs or {})
     merged = {**metadata, **(extra.pop("Metadata", None) or {}), "sha256": payload.sha256}
-    encode_metadata(merged)
     return PutRequest(
         column=call.column,
         uri=join_s3_uri(store.bucket, attempt_key(content)),
         payload=payload,
-        metadata=merged,
+        metadata=encode_metadata(merged),
         arguments=extra,
     )
 

@@ -102,6 +102,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InvalidPutArgumentsError,
         "int",
     ),
+    "a metadata name that no header has": (
+        {"api_calls": call(extra_put_object_kwargs={"Metadata": {"a b": "x"}})},
+        InvalidPutArgumentsError,
+        "a b",
+    ),
+    "metadata names that differ in case only": (
+        {"api_calls": call(extra_put_object_kwargs={"Metadata": {"SHA256": "x"}})},
+        InvalidPutArgumentsError,
+        "SHA256",
+    ),
     "too many metadata": (
         {"api_calls": call(extra_put_object_kwargs={"Metadata": {"n": "x" * 2000}})},
         InvalidPutArgumentsError,

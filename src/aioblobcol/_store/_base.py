@@ -29,7 +29,7 @@ SLOWEST_BYTES_PER_SECOND = 256 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PutRequest:
-    """One object to be stored."""
+    """One object to be stored; metadata as it stands in the headers, see `encode_metadata`."""
 
     column: str
     uri: str

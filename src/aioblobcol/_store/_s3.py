@@ -25,7 +25,7 @@ from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
 from ._base import DeleteReport, ObjectInfo, PutRequest, Runtime, owned_uris
 from ._errors import translating, was_retried
-from ._metadata import decode_metadata, encode_metadata
+from ._metadata import decode_metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -340,7 +340,7 @@ class S3Store:
             "Bucket": bucket,
             "Key": key,
             "Body": request.payload.body,
-            "Metadata": encode_metadata(request.metadata),
+            "Metadata": dict(request.metadata),
         }
         has_checksum = any(
             name == "ContentMD5" or name.startswith("Checksum") for name in request.arguments

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._store._base import DeleteReport, ObjectInfo, PutRequest, Runtime, is_owned, owned_uris
-from .._store._metadata import decode_metadata, encode_metadata
+from .._store._metadata import decode_metadata
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
     BlobNotFoundError,
@@ -191,18 +191,15 @@ class MemoryStore:
     # --- the protocol
 
     def check_put(self, request: PutRequest) -> None:
-        """Refuse what the library owns, and metadata that no header carries."""
+        """Refuse what the library owns."""
         owned = {"Bucket", "Key", "Body"}.intersection(request.arguments)
         if owned:
             raise InvalidPutArgumentsError(f"{', '.join(sorted(owned))} is set by the library")
-        encode_metadata(request.metadata)
 
     async def put(self, request: PutRequest) -> bool:
         """Store one object."""
         self._note("put", [request.uri])
-        stored = StoredObject(
-            request.payload.body, encode_metadata(request.metadata), dict(request.arguments)
-        )
+        stored = StoredObject(request.payload.body, dict(request.metadata), dict(request.arguments))
         try:
             await self._step("put", "before", request.uri)
         except StoreError as exc:
