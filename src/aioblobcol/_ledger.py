@@ -279,6 +279,20 @@ class Ledger:
         old = self.watched - self._replaces.keys()
         self._rehomed.update(old.intersection(uris))
 
+    @property
+    def deletes(self) -> frozenset[str]:
+        """The objects whose rows are to be removed."""
+        return frozenset(self._deletes)
+
+    @property
+    def columns(self) -> dict[str, set[str]]:
+        """Columns whose old objects are at stake, with these objects."""
+        columns: dict[str, set[str]] = {}
+        for new, old in self._replaces.items():
+            if old is not None:
+                columns.setdefault(self._columns[new], set()).add(old)
+        return columns
+
     def database_gave_up(self) -> None:
         """The database rolled the transaction back by itself in the middle of it."""
         for frame in self._frames:

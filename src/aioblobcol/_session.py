@@ -37,6 +37,7 @@ from ._statements import (
     Kind,
     Statement,
     assigned_uris,
+    copied_columns,
     count_sets,
     empties_a_column,
     evidence_of,
@@ -235,8 +236,18 @@ class TransactionWatch:
         elif kind.changes_rows:
             if in_open_transaction(connection) is False:
                 self.facts.autocommit = True  # whatever the reason: it is durable already
+            self._note_copies(pending.statement)
             if pending.named:
                 self._note_write(connection, cursor, context, pending)
+
+    def _note_copies(self, statement: Statement) -> None:
+        """SQL may copy an old URI to another cell without ever naming it."""
+        at_stake = self.ledger.columns
+        for uri in self.ledger.deletes:
+            for cell in self.cells.get(uri, ()):
+                at_stake.setdefault(cell.column.name, set()).add(uri)
+        for name in copied_columns(statement, at_stake):
+            self.ledger.rehomed(at_stake[name])
 
     def _note_write(
         self, connection: Connection, cursor: Any, context: Any, pending: _Pending

@@ -82,6 +82,8 @@ _CONFLICTS = (
 )
 _SKIPS_CONFLICTS = re.compile(_CONFLICTS, re.IGNORECASE)
 _SKIPS = re.compile(rf"\bSELECT\b|{_CONFLICTS}", re.IGNORECASE)
+_SELECT = re.compile(r"\bSELECT\b", re.IGNORECASE)
+_RETURNING = re.compile(r"\bRETURNING\b", re.IGNORECASE)
 _WHERE = re.compile(r"[()]|\bWHERE\b", re.IGNORECASE)
 _NAMED = re.compile(r"(?<![:\w]):(?P<colon>\w+)|%\((?P<percent>\w+)\)s")
 _NUMBERED = re.compile(r"\$(?P<number>\d+)")
@@ -282,6 +284,28 @@ def assigned_uris(
         if at < where and isinstance(value, str)
     }
     return {uri for uri in named if any(uri in value for value in before) or uri in text[:where]}
+
+
+def copied_columns(statement: Statement, names: Iterable[str]) -> set[str]:
+    """Return those of the columns *names* whose values a statement may put elsewhere by itself.
+
+    As ``INSERT INTO history SELECT html ..`` and ``UPDATE .. SET image = html`` do.
+    """
+    code = statement.code
+    if statement.kind is Kind.INSERT:
+        select = _SELECT.search(code)
+        if select is None:
+            return set()
+        source = code[select.end() :]
+        if source.lstrip().startswith("*"):
+            return set(names)
+        pattern = r"\b{}\b"
+    elif statement.kind is Kind.UPDATE:
+        source, pattern = code[: statement.where_at], r"=\s*(?:\w+\s*\.\s*)?{}\b"
+    else:
+        return set()
+    source = _RETURNING.split(source)[0]
+    return {name for name in names if re.search(pattern.format(re.escape(name)), source)}
 
 
 def _placed_parameters(code: str, parameters: Any) -> Iterator[tuple[int, Any]]:

@@ -320,6 +320,51 @@ class TestOldUriKept:
 
         assert await contents(memory_store, database.engine) == (b"new", b"old")
 
+    @pytest.mark.parametrize(
+        "copy",
+        [
+            "INSERT INTO tasks (url, image) SELECT 'copy', html FROM tasks WHERE url = 'u'",
+            "INSERT INTO tasks (url, image) SELECT 'copy', t.html FROM tasks t WHERE url = 'u'",
+            "UPDATE tasks SET image = html WHERE url = 'u'",
+            "UPDATE tasks SET title = 'x', image = tasks.html WHERE url = 'u'",
+        ],
+    )
+    @pytest.mark.parametrize("then", ["replace", "delete"])
+    async def test_copied_by_sql(
+        self, database: Database, memory_store: MemoryStore, copy: str, then: str
+    ) -> None:
+        """Copied to another cell by SQL that does not name it: the object is kept."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            task = await load(session)
+            async with blob_transaction(session, store=memory_store) as tx:
+                if then == "delete":
+                    tx.delete_s3([old])
+                    await session.execute(sa.text(copy))
+                    task.html = None
+                else:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                    await session.execute(sa.text(copy))
+                    await session.execute(guarded(put))
+
+        assert list(tx.report.kept) == [old]
+        url = "copy" if copy.startswith("INSERT") else "u"
+        found = await contents(memory_store, database.engine, url)
+        assert found is not None
+        assert found[1] == b"old"
+
+    async def test_moved_by_an_expression(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """Moved to another column by the very statement that replaces it."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                await session.execute(guarded(put).values(image=TASKS.c.html))
+
+        assert await contents(memory_store, database.engine) == (b"new", b"old")
+
     async def test_a_shared_key_of_the_seeds(
         self, database: Database, memory_store: MemoryStore
     ) -> None:

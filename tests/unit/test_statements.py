@@ -12,6 +12,7 @@ from aioblobcol._statements import (
     Evidence,
     Kind,
     Statement,
+    copied_columns,
     count_sets,
     empties_a_column,
     evidence_of,
@@ -372,6 +373,22 @@ class TestNamedUris:
     def test_an_upsert_may_leave_the_column_alone(self, text: str, sets: bool) -> None:
         """What an upsert sets in a row that is there already stands in its own clause."""
         assert sets_on_conflict(text, {"html", "html_uri"}) is sets
+
+    @pytest.mark.parametrize(
+        ("text", "copied"),
+        [
+            ("INSERT INTO h SELECT html FROM t", {"html"}),
+            ("INSERT INTO h SELECT * FROM t", {"html", "image"}),
+            ("INSERT INTO h (a) SELECT p0 FROM (VALUES ($1)) AS v(p0) RETURNING t.html", set()),
+            ("INSERT INTO t (html) VALUES (?)", set()),
+            ("UPDATE t SET image = t.html WHERE id = 1", {"html"}),
+            ("UPDATE t SET html = ?, image = ? WHERE t.html = ?", set()),
+            ("DELETE FROM t WHERE a = html", set()),
+        ],
+    )
+    def test_sql_may_copy_a_column(self, text: str, copied: set[str]) -> None:
+        """A column that SQL reads and writes elsewhere is found by its name."""
+        assert copied_columns(read(text), ["html", "image"]) == copied
 
     @pytest.mark.parametrize(
         ("text", "parameters", "empties"),
