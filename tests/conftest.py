@@ -31,7 +31,11 @@ def postgres_url(worker_id: str) -> Iterator[str]:
         )
 
         directory = tempfile.mkdtemp(prefix="aioblobcol-pg-")  # short: a socket's path is limited
-        server = get_server(directory, cleanup_mode="delete")
+        server = get_server(directory, cleanup_mode="delete", start=False)
+        server.ensure_pgdata_inited()
+        with (Path(directory) / "postgresql.conf").open("a") as configuration:
+            configuration.write("max_prepared_transactions = 10\n")
+        server.start()
     try:
         raw = make_url(server.get_uri())
         yield raw.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)

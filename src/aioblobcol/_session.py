@@ -194,7 +194,9 @@ class TransactionWatch:
         self.check_control(connection)
         if mode is Mode.AUTOCOMMIT:
             self.facts.autocommit = True  # somebody swallowed our refusal
-        if statement.kind is Kind.CONTROL or self._is_refused:
+        # PREPARE TRANSACTION and COMMIT PREPARED are statements, and the session's own
+        is_control = statement.kind is Kind.CONTROL and not self.facts.prepared
+        if is_control or self._is_refused:
             self.facts.foreign_control = True
         self._has_sent = True
         named = named_uris(parameters, text, self.ledger.watched)

@@ -463,6 +463,61 @@ class TestTransactionsInsideTheBlock:
         assert await contents(memory_store, sqlite.engine) is None
 
 
+class TestTwoPhase:
+    """After PREPARE only the acknowledgement of the second phase is certain."""
+
+    async def test_acknowledged(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """A second phase that was answered is a commit: the old object goes."""
+        old = await seed(postgres, memory_store)
+        async with AsyncSession(postgres.engine, twophase=True) as session:
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"new", old)])
+                await session.execute(replace(put))
+
+        assert tx.outcome is Outcome.COMMITTED
+        assert await contents(memory_store, postgres.engine) == (b"new", None)
+
+    async def test_rolled_back_before(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """A handler that fails before PREPARE is undone like anywhere else."""
+        old = await seed(postgres, memory_store)
+        async with AsyncSession(postgres.engine, twophase=True) as session:
+            with pytest.raises(RuntimeError, match="handler"):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"new", old)])
+                    await session.execute(replace(put))
+                    raise RuntimeError("handler")
+
+        assert tx.outcome is Outcome.ROLLED_BACK
+        assert await contents(memory_store, postgres.engine) == (b"old", None)
+
+    async def test_the_second_phase_fails(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """Prepared, and no answer to the second phase: unknown, nothing is deleted."""
+        old = await seed(postgres, memory_store)
+
+        def fail(_connection: sa.Connection, _xid: object, _is_prepared: bool) -> None:
+            raise RuntimeError("wire cut")
+
+        sa.event.listen(postgres.engine.sync_engine, "commit_twophase", fail)
+        async with AsyncSession(postgres.engine, twophase=True) as session:
+            with pytest.raises(CommitOutcomeUnknown) as caught:
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"new", old)])
+                    await session.execute(replace(put))
+        sa.event.remove(postgres.engine.sync_engine, "commit_twophase", fail)
+
+        engine = postgres.engine.execution_options(isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            left = await connection.scalars(sa.text("SELECT gid FROM pg_prepared_xacts"))
+            for gid in left.all():  # as an operator does, who looks after two-phase commits
+                await connection.exec_driver_sql(f"ROLLBACK PREPARED '{gid}'")
+
+        assert caught.value.superseded == (old,)
+        found = await contents(memory_store, postgres.engine, orphans=caught.value.created)
+        assert found == (b"old", None)
+
+
 class TestRefusedCommit:
     """The server answers COMMIT with an error, on an intact connection: rolled back."""
 
