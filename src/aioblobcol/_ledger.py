@@ -270,6 +270,13 @@ class Ledger:
             if clock is not None:
                 frame.written[uri] = clock
 
+    def confirmed_unwritten(self, uri: str) -> None:
+        """The row that *uri* was written into was read, and names its old one."""
+        for frame in self._frames:
+            frame.written.pop(uri, None)
+            frame.likely.pop(uri, None)
+        self._frames[-1].unwritten.add(uri)
+
     def confirmed_gone(self, uri: str) -> None:
         """The row that named *uri* was read, and does not name it any more."""
         self.wrote([uri], Evidence.CHANGED, removes=True, is_delete=True)

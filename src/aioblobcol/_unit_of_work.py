@@ -303,15 +303,20 @@ class BlobTransaction:
         unclear, unreleased = ledger.unclear(), ledger.demand().unreleased
         watched.look_for_cells({*unclear, *unreleased})
         written = set(ledger.written())
-        buried = [uri for uri in watched.cells if uri in written]  # by the ORM, perhaps
-        in_cells = await self._read_cells(watched, [*unclear, *unreleased, *buried])
+        loaded = [uri for uri in watched.cells if uri in written]  # changed or deleted since?
+        in_cells = await self._read_cells(watched, [*unclear, *unreleased, *loaded])
         elsewhere = [uri for uri in unclear if uri not in watched.cells]
         found = in_cells | await self._read_targets(watched, elsewhere)
+        ledger.rehomed(in_cells)  # what the rows name at the end is never deleted
         for uri in unclear:
             if uri in found:
                 ledger.confirmed(uri)
-        for uri in (*unreleased, *buried):
-            if uri in watched.cells and uri not in in_cells:
+        for uri in (*unreleased, *loaded):
+            if uri not in watched.cells or uri in in_cells:
+                continue
+            if ledger.replaced_by(uri) in in_cells:
+                ledger.confirmed_unwritten(uri)  # a trigger, perhaps, put the old one back
+            else:
                 ledger.confirmed_gone(uri)
 
     async def _read_cells(self, watched: TransactionWatch, uris: Sequence[str]) -> set[str]:
@@ -333,7 +338,8 @@ class BlobTransaction:
                     if len(key) == 1
                     else tuple_(*key).in_(some)
                 )
-                found.update(await self._session.scalars(select(cell_column).where(is_wanted)))
+                values = await self._session.scalars(select(cell_column).where(is_wanted))
+                found.update(value for value in values if value is not None)
         return found
 
     async def _read_targets(self, watched: TransactionWatch, uris: Sequence[str]) -> set[str]:

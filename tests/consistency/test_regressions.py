@@ -400,6 +400,50 @@ class TestOneBlock:
 
         assert await contents(memory_store, database.engine) is None
 
+    @pytest.mark.parametrize("then", ["None", "another"])
+    async def test_overwritten_by_the_orm(
+        self, database: Database, memory_store: MemoryStore, then: str
+    ) -> None:
+        """An upload that the ORM overwrites in the same block leaves no object."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            task = await load(session)
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                task.html = put.to_values()["html"]
+                await session.flush()
+                if then == "None":
+                    task.html = None
+                else:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"newer", old))
+                    task.html = put.to_values()["html"]
+
+        expected = None if then == "None" else b"newer"
+        assert await contents(memory_store, database.engine) == (expected, None)
+
+    async def test_a_trigger_that_puts_the_old_one_back(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """An update of a loaded object that a trigger undoes is refused."""
+        old = await seed(postgres, memory_store)
+        async with postgres.engine.begin() as connection:
+            await connection.exec_driver_sql(
+                "CREATE OR REPLACE FUNCTION put_back() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN NEW.html := OLD.html; RETURN NEW; END $$"
+            )
+            await connection.exec_driver_sql(
+                "CREATE TRIGGER put_back BEFORE UPDATE ON tasks "
+                "FOR EACH ROW EXECUTE FUNCTION put_back()"
+            )
+        async with postgres.session() as session:
+            task = await load(session)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                    task.html = put.to_values()["html"]
+
+        assert await contents(memory_store, postgres.engine) == (b"old", None)
+
     async def test_the_users_own_rollback_is_cancelled(
         self, database: Database, memory_store: MemoryStore
     ) -> None:
