@@ -9,6 +9,7 @@ certain commit; an unknown outcome releases nothing, and what is once in doubt s
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ._statements import Evidence
@@ -161,6 +162,7 @@ class Ledger:
         self._columns: dict[str, str] = {}
         self._made_in: dict[str, Hashable] = {}  # the session's savepoint of each upload
         self._frames = [_Frame(None)]
+        self._placed: Counter[str] = Counter()  # statements that may have put it into a row
         self._given_up: set[str] = set()
         self._doomed: set[str] = set()
         self._committed: dict[str, int] = {}
@@ -277,8 +279,19 @@ class Ledger:
             frame.likely.pop(uri, None)
         self._frames[-1].unwritten.add(uri)
 
+    def placed(self, uris: Iterable[str]) -> None:
+        """A statement may have put these into some row, proved or not."""
+        self._placed.update(self._replaces.keys() & set(uris))
+
     def confirmed_gone(self, uri: str) -> None:
-        """The row that named *uri* was read, and does not name it any more."""
+        """The row that named *uri* was read, and does not name it any more.
+
+        If more than one statement may have put it into a row, another one may have it still:
+        then it only counts as not written.
+        """
+        if self._placed[uri] > 1:
+            self.confirmed_unwritten(uri)
+            return
         self.wrote([uri], Evidence.CHANGED, removes=True, is_delete=True)
 
     def rehomed(self, uris: Iterable[str]) -> None:
@@ -293,11 +306,11 @@ class Ledger:
 
     @property
     def columns(self) -> dict[str, set[str]]:
-        """Columns whose old objects are at stake, with these objects."""
+        """Columns that uploads are for, with their new and old objects."""
         columns: dict[str, set[str]] = {}
         for new, old in self._replaces.items():
-            if old is not None:
-                columns.setdefault(self._columns[new], set()).add(old)
+            at_stake = columns.setdefault(self._columns[new], set())
+            at_stake.update({new} if old is None else {new, old})
         return columns
 
     def database_gave_up(self) -> None:
@@ -446,7 +459,8 @@ class Ledger:
 
     def _written(self) -> dict[str, int]:
         root = self._together()
-        likely = {uri: at for uri, at in root.likely.items() if uri not in root.missed}
+        doubted = root.missed | root.unwritten
+        likely = {uri: at for uri, at in root.likely.items() if uri not in doubted}
         return likely | root.written
 
     def _together(self) -> _Frame:

@@ -250,6 +250,7 @@ class TransactionWatch:
                 at_stake.setdefault(cell.column.name, set()).add(uri)
         for name in copied_columns(statement, at_stake):
             self.ledger.rehomed(at_stake[name])
+            self.ledger.placed(at_stake[name])
 
     def _note_write(
         self, connection: Connection, cursor: Any, context: Any, pending: _Pending
@@ -266,6 +267,8 @@ class TransactionWatch:
             self.ledger.wrote(pending.named, evidence, removes=True, is_delete=True)
             return
         self.ledger.rehomed(pending.assigned)
+        if evidence is not Evidence.NOTHING:
+            self.ledger.placed(pending.assigned)
         table = getattr(getattr(context.compiled, "statement", None), "table", None)
         places = _placements(context, table)
         for uri in pending.assigned & self.ledger.created:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 from ._ledger import Ledger, Settlement
-from ._session import TransactionWatch, check_isolation, watch
+from ._session import Cell, TransactionWatch, check_isolation, watch
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
 from ._transfer import Attempt, compensate, delete_all, expect_late
@@ -172,16 +172,12 @@ class BlobTransaction:
                 result._life.take(self)
                 taken.append(result)
             self._watch = watch(self._session, self._ledger)
-        except BaseException:
             for result in taken:
-                result._life.owner = None
-            raise
-        for result in taken:
-            self._enter_in_ledger(self._watch, result)
-        try:
+                self._enter_in_ledger(self._watch, result)
             await check_isolation(self._session, self._watch)
         except BaseException:
-            self._watch.stop()
+            if self._watch is not None:
+                self._watch.stop()
             for result in taken:
                 result._life.owner = None
             raise
@@ -304,41 +300,42 @@ class BlobTransaction:
         watched.look_for_cells({*unclear, *unreleased})
         written = set(ledger.written())
         loaded = [uri for uri in watched.cells if uri in written]  # changed or deleted since?
-        in_cells = await self._read_cells(watched, [*unclear, *unreleased, *loaded])
-        elsewhere = [uri for uri in unclear if uri not in watched.cells]
+        cells = {uri: self._cells_of(watched, uri) for uri in (*unclear, *unreleased, *loaded)}
+        in_cells = await self._read_cells([cell for some in cells.values() for cell in some])
+        elsewhere = [uri for uri in unclear if not cells[uri]]
         found = in_cells | await self._read_targets(watched, elsewhere)
         ledger.rehomed(in_cells)  # what the rows name at the end is never deleted
         for uri in unclear:
             if uri in found:
                 ledger.confirmed(uri)
         for uri in (*unreleased, *loaded):
-            if uri not in watched.cells or uri in in_cells:
-                continue
+            if not cells[uri] or uri in in_cells:
+                continue  # a row that was not read tells nothing
             if ledger.replaced_by(uri) in in_cells:
                 ledger.confirmed_unwritten(uri)  # a trigger, perhaps, put the old one back
             else:
                 ledger.confirmed_gone(uri)
 
-    async def _read_cells(self, watched: TransactionWatch, uris: Sequence[str]) -> set[str]:
-        """Return those of *uris* that the cells of loaded objects still hold."""
-        wanted: dict[Column[Any], set[tuple[Any, ...]]] = {}
-        keys: dict[Column[Any], tuple[Column[Any], ...]] = {}
-        for uri in uris:
-            column = self._ledger.column_of(uri)
-            for cell in watched.cells.get(uri, ()):
-                if column is None or column == cell.attribute:  # not, say, that of an outbox
-                    wanted.setdefault(cell.column, set()).add(cell.identity)
-                    keys[cell.column] = cell.primary_key
+    def _cells_of(self, watched: TransactionWatch, uri: str) -> list[Cell]:
+        """Return where loaded objects hold *uri*; of a new one, in the column that it is for."""
+        column = self._ledger.column_of(uri)  # or an outbox would speak for it
+        return [cell for cell in watched.cells.get(uri, ()) if column in {None, cell.attribute}]
+
+    async def _read_cells(self, cells: Sequence[Cell]) -> set[str]:
+        """Return the URIs that these cells hold now."""
+        wanted: dict[Column[Any], set[Cell]] = {}
+        for cell in cells:
+            wanted.setdefault(cell.column, set()).add(cell)
         found: set[str] = set()
-        for cell_column, identities in wanted.items():
-            for some in batched(sorted(identities, key=repr), _ROWS_PER_READ):
-                key = keys[cell_column]
+        for column, same in wanted.items():
+            for some in batched(list(same), _ROWS_PER_READ):
+                key = some[0].primary_key
                 is_wanted = (
-                    key[0].in_([identity[0] for identity in some])
+                    key[0].in_([cell.identity[0] for cell in some])
                     if len(key) == 1
-                    else tuple_(*key).in_(some)
+                    else tuple_(*key).in_([cell.identity for cell in some])
                 )
-                values = await self._session.scalars(select(cell_column).where(is_wanted))
+                values = await self._session.scalars(select(column).where(is_wanted))
                 found.update(value for value in values if value is not None)
         return found
 

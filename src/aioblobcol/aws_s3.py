@@ -41,7 +41,6 @@ from ._uri import (
     is_one_attempt,
     join_s3_uri,
     normalize_s3_prefix,
-    root_uri,
     split_s3_uri,
 )
 from .errors import (
@@ -338,7 +337,7 @@ async def put_row(
         raise InvalidInputError("put_s3() needs the row's primary key: pk=...")
     encoded_pk = encode_pk(pk, is_pk_url_safe)
     metadata = {"update_at": _aware(update_at).isoformat()}
-    _check_calls(store, api_calls)
+    _check_calls(api_calls)
     store.runtime  # noqa: B018 - raises when closed, before files are read
     payloads = await read_payloads([(call.column, call.binary) for call in api_calls])
     planned = [
@@ -557,7 +556,7 @@ def _chosen_store(
     return S3Store.borrow(s3_client, bucket=bucket, prefix=prefix)
 
 
-def _check_calls(store: Store, api_calls: Sequence[PutS3ApiCall]) -> None:
+def _check_calls(api_calls: Sequence[PutS3ApiCall]) -> None:
     seen: set[str] = set()
     for call in api_calls:
         encode_column(call.column)
@@ -573,7 +572,6 @@ def _check_calls(store: Store, api_calls: Sequence[PutS3ApiCall]) -> None:
         metadata = (extra or {}).get("Metadata")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise InvalidPutArgumentsError(f"column {call.column!r}: Metadata is a dict")
-    root_uri(store.bucket, store.prefix)
 
 
 def _request(

@@ -421,6 +421,58 @@ class TestOneBlock:
         expected = None if then == "None" else b"newer"
         assert await contents(memory_store, database.engine) == (expected, None)
 
+    async def test_a_changed_outbox_beside_a_plain_statement(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """A loaded object that notes the URI in another column tells nothing about the row."""
+        old = await seed(database, memory_store)
+        async with database.engine.begin() as connection:
+            await connection.execute(sa.insert(TASKS).values(url="event"))
+        async with database.session() as session:
+            event = await load(session, "event")
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                event.title = put.to_values()["html"]
+                await session.execute(guarded(put))
+
+        assert await contents(memory_store, database.engine) == (b"new", None)
+
+    async def test_moved_to_another_row_by_a_plain_statement(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An upload that two statements wrote is not deleted because one row lost it: refused."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            task = await load(session)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                    task.html = put.to_values()["html"]
+                    await session.flush()
+                    await session.execute(sa.insert(TASKS).values(url="v", **put.to_values()))
+                    task.html = None
+
+        assert await contents(memory_store, database.engine) == (b"old", None)
+
+    async def test_copied_and_then_overwritten(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """Nor is one that SQL copied to another row before it was overwritten."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            task = await load(session)
+            with pytest.raises(BlobNotWrittenError):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=calls(b"new", old))
+                    task.html = put.to_values()["html"]
+                    await session.flush()
+                    await session.execute(
+                        sa.text("INSERT INTO tasks (url, image) SELECT 'copy', html FROM tasks")
+                    )
+                    task.html = None
+
+        assert await contents(memory_store, database.engine) == (b"old", None)
+
     async def test_a_trigger_that_puts_the_old_one_back(
         self, postgres: Database, memory_store: MemoryStore
     ) -> None:
