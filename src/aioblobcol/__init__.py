@@ -4,7 +4,10 @@
 transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
+from ._blob import Blob, open_blob
+from ._column import BlobType
 from ._connection import use_explicit_begin
+from ._managed import blob_report, blob_sessionmaker, enlist, track_blobs, upload_blobs
 from ._store._base import DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
 from ._unit_of_work import BlobTransaction, blob_transaction
@@ -12,11 +15,15 @@ from .aws_s3 import DeleteS3Result, PutS3ApiCall, PutS3Result, delete_s3, guard,
 from .errors import (
     AioBlobColError,
     BlobNotFoundError,
+    BlobNotUploadedError,
     BlobNotWrittenError,
     BlobSharedError,
+    BlobTooLargeError,
+    BlobUnboundError,
     BlobUploadError,
     CleanUpError,
     CommitOutcomeUnknown,
+    ContentTypeRefusedError,
     ForeignUriError,
     InvalidBucketError,
     InvalidColumnError,
@@ -40,13 +47,19 @@ from .errors import (
 
 __all__ = [
     "AioBlobColError",
+    "Blob",
     "BlobNotFoundError",
+    "BlobNotUploadedError",
     "BlobNotWrittenError",
     "BlobSharedError",
+    "BlobTooLargeError",
     "BlobTransaction",
+    "BlobType",
+    "BlobUnboundError",
     "BlobUploadError",
     "CleanUpError",
     "CommitOutcomeUnknown",
+    "ContentTypeRefusedError",
     "DeleteReport",
     "DeleteS3Result",
     "ForeignUriError",
@@ -73,10 +86,16 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionError",
     "UnsafeTransactionError",
+    "blob_report",
+    "blob_sessionmaker",
     "blob_transaction",
     "delete_s3",
+    "enlist",
     "guard",
+    "open_blob",
     "open_store",
     "put_s3",
+    "track_blobs",
+    "upload_blobs",
     "use_explicit_begin",
 ]

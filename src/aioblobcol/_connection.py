@@ -7,14 +7,18 @@ and their absence is met.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import SessionTransaction
+
+
+T = TypeVar("T")
 
 
 class Mode(enum.Enum):
@@ -69,9 +73,24 @@ def use_explicit_begin(engine: AsyncEngine) -> None:
     Source: SQLAlchemy documentation, SQLite, "Enabling Non-Legacy SQLite Transactional Modes".
     """
     sync = engine.sync_engine
-    if sync.dialect.name == "sqlite" and not event.contains(sync, "begin", _send_begin):
+    if sync.dialect.name == "sqlite" and is_new_target(_explicit, sync):
         event.listen(sync, "connect", _disable_driver_begin)
         event.listen(sync, "begin", _send_begin)
+
+
+def is_new_target(known: weakref.WeakSet[T], target: T) -> bool:
+    """Tell whether *target* still needs its listeners, and count it as having them from now on.
+
+    ``event.contains`` goes by the target's ``id()``, and what another engine or pool has left
+    under it: the listeners of a pool outlive it when its engine is disposed of.
+    """
+    if target in known:
+        return False
+    known.add(target)
+    return True
+
+
+_explicit: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _disable_driver_begin(dbapi_connection: Any, _record: Any) -> None:

@@ -209,6 +209,10 @@ class Ledger:
         """The upload failed: whatever is there is deleted in the end, whichever way it ends."""
         self._given_up.add(uri)
 
+    def doom(self, uris: Collection[str]) -> None:
+        """The block that made these failed: nothing demands them, what is unwritten goes."""
+        self._doomed.update(self._replaces.keys() & uris)
+
     @property
     def watched(self) -> frozenset[str]:
         """The URIs whose statements matter."""
@@ -454,6 +458,12 @@ class Ledger:
             ),
             kept=tuple(sorted((kept | self._deletes.keys()) - doubt - set(supersede))),
         )
+
+    def doubt(self) -> Settlement:
+        """Say what would be left alone if the root transaction under way ended unknown."""
+        created = tuple(u for u in self._replaces if u not in self._lost())
+        old = [uri for uri in self._replaces.values() if uri is not None]
+        return Settlement((), (), created, tuple(dict.fromkeys([*old, *self._deletes])))
 
     # --- helpers
 

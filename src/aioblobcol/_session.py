@@ -9,21 +9,24 @@ judged afterwards is refused before the first statement on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Insert, event, inspect
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 from sqlalchemy.pool import Pool, StaticPool
 
+from ._column import as_uri
 from ._connection import (
     Mode,
     begin_and_look,
     held_connections,
     in_open_transaction,
+    is_new_target,
     is_still_open,
     mode_of,
     rows_changed,
@@ -31,6 +34,7 @@ from ._connection import (
     total_changes,
     was_brought_along,
 )
+from ._frames import Frames
 from ._ledger import Facts, Ledger, is_refusal, judge
 from ._statements import (
     Evidence,
@@ -41,20 +45,23 @@ from ._statements import (
     count_sets,
     empties_a_column,
     evidence_of,
+    may_copy,
     named_uris,
     placements,
     read_statement,
     sets_on_conflict,
 )
-from .errors import Outcome, UnsafeTransactionError
+from .errors import CommitOutcomeUnknown, Outcome, UnsafeTransactionError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from sqlalchemy import Column
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.interfaces import Dialect
     from sqlalchemy.orm import SessionTransaction
+
+K = TypeVar("K")
 
 AUTOCOMMIT_REFUSED = (
     "this engine or connection is in AUTOCOMMIT: every statement is durable at once and nothing "
@@ -66,13 +73,16 @@ LEGACY_REFUSED = (
     "could survive a rollback. Call aioblobcol.use_explicit_begin(engine) once, after "
     "create_async_engine()."
 )
-NOT_OWNED_REFUSED = (
-    "blob_transaction() commits and settles by itself, but this session is inside {what}. Leave "
-    "out session.begin() and write `async with blob_transaction(session, ...):` in its place"
+UPSERT_REFUSED = (
+    "an upsert (ON CONFLICT, INSERT OR IGNORE, ...) takes no Blob: nobody could tell whether the "
+    "row took it, or which object it replaced. Read the row with with_for_update() and assign to "
+    "the loaded object, or add a new one in a savepoint"
 )
+NOT_OWNED_REFUSED = "this session is in another blob_transaction() already: use that one"
 JOINED_REFUSED = (
-    "blob_transaction() must own its transaction, but this session is bound to a connection "
-    "{what}. Bind the session to the engine, or end that transaction first (session.commit())"
+    "blob_transaction() must know who ends its transaction, but this session is bound to a "
+    "connection {what}. Bind the session to the engine, or end that transaction first "
+    "(session.commit())"
 )
 SEVERAL_BINDS_REFUSED = (
     "this session is in a transaction, and with several binds nobody can tell on which "
@@ -104,19 +114,31 @@ class _Pending:
 
 
 class TransactionWatch:
-    """What one session does, until `stop`. Make it with `watch`.
+    """What one session does, until `stop`. Make it with `watch` or, with books, `follow`.
 
     Attributes:
+        books: of a managed session; then what cannot be judged is noted in ``refusal`` in place
+            of being refused, for as long as nothing is at stake.
+        refusal: why nothing may be put at stake.
+        copying: statements that may have copied a URI from one cell to another by themselves.
+        on_undone: called with the new objects whose rows were undone with a savepoint.
+        on_free: of a watch that was carried over: called when its connection is done with.
         facts: of the root transaction under way.
         was_given_up: the database has rolled it back by itself.
         last_outcome: of the last root transaction that used a connection.
         is_open: a root transaction uses a connection.
+        sent: how many statements were sent in it.
         cells: which loaded objects hold a URI.
         targets: the column that a statement without proof may have put a new URI into.
     """
 
-    def __init__(self, session: Session, ledger: Ledger) -> None:
+    def __init__(self, session: Session, ledger: Ledger, books: Frames | None = None) -> None:
         self.ledger = ledger
+        self.books = books
+        self.refusal: str | None = None
+        self.copying: dict[str, Statement] = {}
+        self.on_undone: Callable[[Collection[str]], None] = lambda _: None
+        self.on_free: Callable[[], None] | None = None
         self.facts = Facts()
         self.was_given_up = False
         self.last_outcome: Outcome | None = None
@@ -130,7 +152,8 @@ class TransactionWatch:
         self._pending: dict[int, _Pending] = {}
         self._failed: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._is_refused = False
-        self._has_sent = False
+        self.sent = 0
+        self._copies_are_seen = False
 
     @property
     def is_doubtful(self) -> bool:
@@ -146,9 +169,18 @@ class TransactionWatch:
         """Forget the session and its connections."""
         session = self._session()
         if session is not None:
-            _by_session.pop(session, None)
+            _remove(_by_session, session, self)
         for connection in self.connections:
-            _by_connection.pop(connection, None)
+            _remove(_by_connection, connection, self)
+
+    @contextlib.contextmanager
+    def copies_are_seen(self) -> Iterator[None]:
+        """Note no copies meanwhile: whoever sends the statement reads its rows before and after."""
+        self._copies_are_seen = True
+        try:
+            yield
+        finally:
+            self._copies_are_seen = False
 
     # --- connections
 
@@ -160,10 +192,12 @@ class TransactionWatch:
         self.connections.add(connection)
         self.facts.connections = len(self.connections)
         self.facts.is_sqlite |= connection.dialect.name == "sqlite"
-        _by_connection[connection] = self
+        _add(_by_connection, connection, self)
         _listen_to_engine(connection.engine)
         if mode is Mode.AUTOCOMMIT:
-            raise UnsafeTransactionError(AUTOCOMMIT_REFUSED)
+            self._refuse(AUTOCOMMIT_REFUSED)
+        if self.books is not None:
+            return  # whoever opened the connection: its own end settles, see `carry_over`
         session = self._session()
         is_foreign = was_brought_along(connection, transaction) and (
             session is None or session.bind is not connection  # that one was looked at before
@@ -171,6 +205,11 @@ class TransactionWatch:
         if is_foreign or connection.in_nested_transaction():
             self._is_refused = True
             raise UnsafeTransactionError(JOINED_REFUSED.format(what="that somebody else opened"))
+
+    def _refuse(self, why: str) -> None:
+        self.refusal = why
+        if self.books is None or not self.books.is_empty:
+            raise UnsafeTransactionError(why)
 
     def check_savepoint(self, connection: Connection) -> None:
         """Refuse a savepoint that might not be undone with its transaction."""
@@ -198,10 +237,15 @@ class TransactionWatch:
         is_control = statement.kind is Kind.CONTROL and not self.facts.prepared
         if is_control or self._is_refused:
             self.facts.foreign_control = True
-        self._has_sent = True
-        named = named_uris(parameters, text, self.ledger.watched)
+        watched = self.ledger.watched
+        if self.books is not None:
+            watched |= self.books.superseded
+            if statement.may_skip_conflicts:
+                self._check_upsert(self.books, parameters, text)
+        named = named_uris(parameters, text, watched) if watched else set()
         if statement.kind.changes_rows and mode is Mode.LEGACY_SQLITE and not is_in_transaction:
             self._check_legacy(statement)
+        self.sent += 1
         self.ledger.mentioned(named)
         self._pending[id(cursor)] = _Pending(
             statement,
@@ -212,6 +256,12 @@ class TransactionWatch:
             total_changes(connection) if named else None,
             is_in_transaction,
         )
+
+    def _check_upsert(self, books: Frames, parameters: Any, text: str) -> None:
+        carried = named_uris(parameters, text, books.written)
+        if carried:
+            books.withdraw(carried)
+            raise UnsafeTransactionError(UPSERT_REFUSED)
 
     def _check_legacy(self, statement: Statement) -> None:
         # Source: sqlite3 documentation, isolation_level: BEGIN precedes these four only.
@@ -228,22 +278,34 @@ class TransactionWatch:
         self._failed.discard(connection)
         kind = pending.statement.kind
         # each connection of a session with several binds counts its savepoints by itself
-        name = f"{id(connection)}:{pending.statement.name}"
-        if kind is Kind.SAVEPOINT:
-            self.ledger.savepoint(name)
-        elif kind is Kind.RELEASE:
-            self.ledger.release(name)
-        elif kind is Kind.ROLLBACK_TO:
-            self.ledger.rollback_to(name)
-        elif kind.changes_rows:
+        self._note_savepoint(kind, f"{id(connection)}:{pending.statement.name}")
+        if kind.changes_rows:
             if in_open_transaction(connection) is False:
                 self.facts.autocommit = True  # whatever the reason: it is durable already
             self._note_copies(pending.statement)
             if pending.named:
                 self._note_write(connection, cursor, context, pending)
 
+    def _note_savepoint(self, kind: Kind, name: str) -> None:
+        books = self.books
+        if kind is Kind.SAVEPOINT:
+            self.ledger.savepoint(name)
+            if books is not None:
+                books.savepoint(name)
+        elif kind is Kind.RELEASE:
+            self.ledger.release(name)
+            if books is not None:
+                books.release(name)
+        elif kind is Kind.ROLLBACK_TO:
+            self.ledger.rollback_to(name)
+            if books is not None:
+                self.on_undone(books.roll_back_to(name))
+
     def _note_copies(self, statement: Statement) -> None:
         """SQL may copy an old URI to another cell without ever naming it."""
+        is_seen = self._copies_are_seen and statement.is_countable  # none that a CTE makes
+        if self.books is not None and not is_seen and may_copy(statement):
+            self.copying[statement.code] = statement
         at_stake = self.ledger.columns
         for uri in self.ledger.deletes:
             for cell in self.cells.get(uri, ()):
@@ -267,6 +329,8 @@ class TransactionWatch:
             self.ledger.wrote(pending.named, evidence, removes=True, is_delete=True)
             return
         self.ledger.rehomed(pending.assigned)
+        if self.books is not None:
+            self.books.keep(pending.assigned)
         if evidence is not Evidence.NOTHING:
             self.ledger.placed(pending.assigned)
         table = getattr(getattr(context.compiled, "statement", None), "table", None)
@@ -318,13 +382,26 @@ class TransactionWatch:
             original = error.original_exception
             self.facts.answered = isinstance(original, Exception) and not error.is_disconnect
             self.facts.refused = self.facts.answered and is_refusal(sqlstate_of(original))
+            if self.books is not None and self.facts.is_sqlite and self.facts.answered:
+                self._end_refused_commit(connection)
         elif self.facts.rollback_sent and not error.is_disconnect:
             self.facts.rollback_failed = True
+
+    def _end_refused_commit(self, connection: Connection) -> None:
+        """Roll back on SQLite, which keeps the transaction open and SQLAlchemy forgets."""
+        try:
+            connection.connection.rollback()
+        except Exception:  # as good as no answer: the outcome stays unknown
+            self.facts.rollback_failed = True
+            return
+        self.rolled_back()
 
     def _look_whether_given_up(self, connection: Connection) -> None:
         if in_open_transaction(connection) is False:
             self.was_given_up = True
             self.ledger.database_gave_up()
+            if self.books is not None:
+                self.on_undone(self.books.roll_back_to(""))
 
     # --- loaded objects
 
@@ -341,8 +418,8 @@ class TransactionWatch:
         if state.identity is None:
             return
         for attribute in state.mapper.column_attrs:
-            uri = state.dict.get(attribute.key)
-            if isinstance(uri, str) and uri in uris:
+            uri = as_uri(state.dict.get(attribute.key))
+            if uri is not None and uri in uris:
                 cell = Cell(
                     attribute.key, attribute.columns[0], state.mapper.primary_key, state.identity
                 )
@@ -384,6 +461,36 @@ class TransactionWatch:
         ):
             self.acknowledged()
 
+    def unknown_commit(self) -> CommitOutcomeUnknown | None:
+        """Return what a managed session's COMMIT that was not answered raises."""
+        facts = self.facts
+        if self.books is None or not facts.commit_failed or judge(facts) is not Outcome.UNKNOWN:
+            return None
+        doubt, other = self.books.settle(Outcome.UNKNOWN), self.ledger.doubt()
+        created = (*doubt.undecided_created, *other.undecided_created)
+        superseded = (*doubt.undecided_superseded, *other.undecided_superseded)
+        return CommitOutcomeUnknown(created, superseded) if created or superseded else None
+
+    def has_left(self, connection: Connection) -> bool:
+        """Tell whether the transaction that was followed on a connection is not its own any more.
+
+        The ``begin`` event would tell earlier, but a recipe that sends BEGIN in it gives way
+        there, and listeners must not be added meanwhile.
+        """
+        return connection.get_transaction() is not self._transactions.get(connection)
+
+    def connection_is_free(self) -> None:
+        """A connection begins anew, or is back in the pool: what it was left with is over.
+
+        The ``commit`` event comes before COMMIT is sent, and there is none afterwards.
+        """
+        if self.on_free is None:
+            return
+        on_free, self.on_free = self.on_free, None
+        if self.facts.commit_sent and not self.facts.commit_failed:
+            self.acknowledged()
+        on_free()
+
     def rolled_back(self) -> None:
         """ROLLBACK was answered; the connections are still ours."""
         for connection in self.connections:
@@ -391,13 +498,38 @@ class TransactionWatch:
             if is_open is not None:
                 self.facts.still_open = is_open
 
+    def carry_over(self) -> bool:
+        """Follow the connections alone, if the session has left their transaction to its owner.
+
+        A session that is bound to somebody's connection ends without ending its transaction.
+        """
+        left = [
+            connection
+            for connection in self.connections
+            if not connection.closed
+            and connection.in_transaction()
+            and connection.get_transaction() is self._transactions.get(connection)
+        ]
+        if not left or self.facts.commit_sent or self.facts.rollback_sent:
+            return False
+        session = self._session()
+        if session is not None:
+            _remove(_by_session, session, self)
+        for connection in left:
+            _carried[id(connection.connection.dbapi_connection)] = (
+                *_carried.get(id(connection.connection.dbapi_connection), ()),
+                self,
+            )
+            _listen_to_pool(connection.engine)
+        return True
+
     def root_ended(self) -> None:
         """The root transaction is over: judge it, and expect the next one."""
         if not self.is_open:
             return  # it never used a connection, so there is nothing to judge
         self.is_open = False
         goes_on = any(not c.closed and c.in_transaction() for c in self.connections)
-        if goes_on and self._has_sent:
+        if goes_on and self.sent:
             self.facts.foreign_control = True  # so it was not the session's own
         self.last_outcome = judge(self.facts)
         self.ledger.end_root(
@@ -405,37 +537,36 @@ class TransactionWatch:
             savepoints_held=not (self.facts.autocommit or self.facts.foreign_control),
         )
         for connection in self.connections:
-            _by_connection.pop(connection, None)
+            _remove(_by_connection, connection, self)
         self.connections = weakref.WeakSet()
         self._pending.clear()
         self._failed.clear()
         self.facts = Facts()
-        self.was_given_up = self._is_refused = self._has_sent = False
+        self.was_given_up = self._is_refused = False
+        self.sent = 0
 
 
 # --- watching --------------------------------------------------------------------------------
 
 
-def check_ownership(session: AsyncSession) -> None:
-    """Refuse a session whose transaction somebody else will end.
+def owner_of(session: AsyncSession) -> str | None:
+    """Say who else will end the session's transaction; None if nobody has claimed to.
 
     Raises:
-        UnsafeTransactionError: inside ``begin()``, a savepoint, another connection's
-            transaction, or another `blob_transaction`.
+        UnsafeTransactionError: in another `blob_transaction`, or bound to a connection in
+            somebody's transaction.
     """
     sync = session.sync_session
     transaction = sync.get_transaction()
-    what: str | None = None
-    if sync in _by_session:
-        what = "another blob_transaction()"
-    elif sync.in_nested_transaction():
-        what = "a savepoint (begin_nested)"
-    elif transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN:
-        what = "a begin() block"
-    if what is not None:
-        raise UnsafeTransactionError(NOT_OWNED_REFUSED.format(what=what))
+    if any(watched.books is None for watched in _by_session.get(sync, ())):
+        raise UnsafeTransactionError(NOT_OWNED_REFUSED)
     if isinstance(sync.bind, Connection) and sync.bind.in_transaction():
         raise UnsafeTransactionError(JOINED_REFUSED.format(what="that is in a transaction"))
+    if sync.in_nested_transaction():
+        return "a savepoint (begin_nested)"
+    if transaction is not None and transaction.origin is not SessionTransactionOrigin.AUTOBEGIN:
+        return "a begin() block"
+    return None
 
 
 def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
@@ -444,25 +575,54 @@ def watch(session: AsyncSession, ledger: Ledger) -> TransactionWatch:
     Raises:
         UnsafeTransactionError: its transactions could not be judged afterwards.
     """
-    check_ownership(session)
     sync = session.sync_session
     held = held_connections(sync.get_transaction())
     if held is None:
         raise UnsafeTransactionError(SEVERAL_BINDS_REFUSED)
-    watched = TransactionWatch(sync, ledger)
-    for name, listener in _SESSION_LISTENERS:
-        if not event.contains(sync, name, listener):
-            event.listen(sync, name, listener, insert=True)
-    _by_session[sync] = watched
+    return _start(TransactionWatch(sync, ledger), sync, held)
+
+
+def follow(session: Session, ledger: Ledger, books: Frames) -> TransactionWatch:
+    """Follow a managed session's root transaction, whoever ends it."""
+    held = held_connections(session.get_transaction())
+    watched = TransactionWatch(session, ledger, books)
+    if held is None:
+        watched.refusal = SEVERAL_BINDS_REFUSED
+    return _start(watched, session, held or [])
+
+
+def _start(
+    watched: TransactionWatch, session: Session, held: Collection[Connection]
+) -> TransactionWatch:
+    listen_to_session(session)
+    _add(_by_session, session, watched)
+    transaction = session.get_transaction()
     try:
         for connection in held:
-            transaction = sync.get_transaction()
             assert transaction is not None
             watched.adopt(connection, transaction)
     except BaseException:
         watched.stop()
         raise
     return watched
+
+
+def uris_claimed(session: Session) -> set[str]:
+    """Return the new URIs of the explicit strength that the session's transaction answers for."""
+    return {uri for watched in _by_session.get(session, ()) for uri in watched.ledger.created}
+
+
+def listen_to_session(target: Session | type[Session]) -> None:
+    """Install the listeners on one session, or once on a class of sessions."""
+    kind = target if isinstance(target, type) else type(target)
+    if not _listening.isdisjoint(kind.__mro__):
+        return
+    if isinstance(target, type):
+        _listening.add(target)
+    elif not is_new_target(_sessions, target):
+        return
+    for name, listener in _SESSION_LISTENERS:
+        event.listen(target, name, listener, insert=True)
 
 
 async def check_isolation(session: AsyncSession, watched: TransactionWatch) -> None:
@@ -475,18 +635,27 @@ async def check_isolation(session: AsyncSession, watched: TransactionWatch) -> N
     Raises:
         UnsafeTransactionError: it is in AUTOCOMMIT.
     """
-    bind = session.sync_session.bind
+    await session.run_sync(check_level, watched)
+
+
+def check_level(session: Session, watched: TransactionWatch) -> None:
+    """Do what `check_isolation` says, in a greenlet.
+
+    Raises:
+        UnsafeTransactionError: it is in AUTOCOMMIT.
+    """
+    bind = session.bind
     mode: Mode | None = None
     if watched.connections:
         return  # looked at when the session began
     if isinstance(bind, Connection):
-        mode = await session.run_sync(lambda _: begin_and_look(bind))
+        mode = begin_and_look(bind) if not bind.in_transaction() else mode_of(bind)
     elif isinstance(bind, Engine) and not isinstance(bind.pool, StaticPool):
         level = bind.get_execution_options().get("isolation_level")
         known = _modes.setdefault(bind.pool, {})
         if level not in known:
-            async with AsyncEngine(bind).connect() as connection:
-                known[level] = await connection.run_sync(begin_and_look)
+            with bind.connect() as connection:
+                known[level] = begin_and_look(connection)
         mode = known[level]
     if mode is Mode.AUTOCOMMIT:
         raise UnsafeTransactionError(AUTOCOMMIT_REFUSED)
@@ -494,61 +663,79 @@ async def check_isolation(session: AsyncSession, watched: TransactionWatch) -> N
 
 # --- listeners: they look the watch up and report --------------------------------------------
 
-_by_session: weakref.WeakKeyDictionary[Session, TransactionWatch] = weakref.WeakKeyDictionary()
-_by_connection: weakref.WeakKeyDictionary[Connection, TransactionWatch] = (
-    weakref.WeakKeyDictionary()
-)
+Watches = tuple[TransactionWatch, ...]
+
+_by_session: weakref.WeakKeyDictionary[Session, Watches] = weakref.WeakKeyDictionary()
+_by_connection: weakref.WeakKeyDictionary[Connection, Watches] = weakref.WeakKeyDictionary()
+# by the id of the driver's connection, which the pool's events hand out
+_carried: dict[int, Watches] = {}
+_listening: set[type] = set()
 # engines made by execution_options() share the pool, and may have a level of their own
 _modes: weakref.WeakKeyDictionary[Pool, dict[Any, Mode]] = weakref.WeakKeyDictionary()
+# which have our listeners
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _dialects: weakref.WeakSet[Dialect] = weakref.WeakSet()
 
 
+def _add(known: weakref.WeakKeyDictionary[K, Watches], key: K, watched: TransactionWatch) -> None:
+    if watched not in known.get(key, ()):
+        known[key] = (*known.get(key, ()), watched)
+
+
+def _remove(
+    known: weakref.WeakKeyDictionary[K, Watches], key: K, watched: TransactionWatch
+) -> None:
+    left = tuple(each for each in known.get(key, ()) if each is not watched)
+    if left:
+        known[key] = left
+    else:
+        known.pop(key, None)
+
+
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    watched = _by_session.get(session)
-    # also called for each savepoint, on the connection that is known already
-    if watched is not None and connection not in watched.connections:
-        watched.adopt(connection, transaction)
+    for watched in _by_session.get(session, ()):
+        # also called for each savepoint, on the connection that is known already
+        if connection not in watched.connections:
+            watched.adopt(connection, transaction)
 
 
 def _after_commit(session: Session) -> None:
-    watched = _by_session.get(session)
-    if watched is None:
-        return
     savepoint = session.get_nested_transaction()
-    if savepoint is None:
-        watched.acknowledged()
-    else:  # also called when a savepoint is released
-        watched.ledger.savepoint_released(savepoint, parent=_savepoint_around(savepoint))
+    for watched in _by_session.get(session, ()):
+        if savepoint is None:
+            watched.acknowledged()
+        else:  # also called when a savepoint is released
+            watched.ledger.savepoint_released(savepoint, parent=_savepoint_around(savepoint))
 
 
 def _after_rollback(session: Session) -> None:
-    watched = _by_session.get(session)
-    if watched is None:
-        return
     savepoint = session.get_nested_transaction()
-    if savepoint is None:
-        watched.rolled_back()
-    else:
-        watched.ledger.savepoint_rolled_back(savepoint)
+    for watched in _by_session.get(session, ()):
+        if savepoint is None:
+            watched.rolled_back()
+        else:
+            watched.ledger.savepoint_rolled_back(savepoint)
 
 
 def _after_flush(session: Session, _context: Any) -> None:
-    watched = _by_session.get(session)
-    if watched is not None:
-        for instance in session.dirty:  # they may be forgotten once they are flushed
-            watched.note_cells(instance, watched.ledger.created)
+    for watched in _by_session.get(session, ()):
+        created = watched.ledger.created
+        for instance in session.dirty if created else ():
+            watched.note_cells(instance, created)  # they may be forgotten once they are flushed
 
 
 def _persistent_to_deleted(session: Session, instance: object) -> None:
-    watched = _by_session.get(session)
-    if watched is not None:
+    for watched in _by_session.get(session, ()):
         watched.note_cells(instance, watched.ledger.watched)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    watched = _by_session.get(session)
-    if watched is not None and transaction.parent is None:
-        watched.root_ended()
+    if transaction.parent is None:
+        for watched in _by_session.get(session, ()):
+            if watched.books is None:  # of a managed session, see `_keeper`
+                watched.root_ended()
 
 
 def _savepoint_around(savepoint: SessionTransaction) -> SessionTransaction | None:
@@ -571,35 +758,38 @@ _SESSION_LISTENERS = (
 def _before_cursor_execute(
     connection: Connection, cursor: Any, text: str, parameters: Any, _context: Any, many: bool
 ) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
+        if watched.on_free is not None and watched.has_left(connection):
+            watched.connection_is_free()
+            continue
         watched.sends(connection, cursor, text, parameters, executemany=many)
 
 
 def _after_cursor_execute(
     connection: Connection, cursor: Any, _text: str, _parameters: Any, context: Any, _many: bool
 ) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
         watched.answered(connection, cursor, context)
 
 
-def _handle_error(error: ExceptionContext) -> None:
+def _handle_error(error: ExceptionContext) -> BaseException | None:
     connection = error.connection
-    watched = _by_connection.get(connection) if connection is not None else None
-    if watched is not None and connection is not None:
+    if connection is None:
+        return None
+    unknown: CommitOutcomeUnknown | None = None
+    for watched in _by_connection.get(connection, ()):
         watched.failed(connection, error)
+        unknown = watched.unknown_commit() or unknown
+    return unknown if isinstance(error.original_exception, Exception) else None
 
 
 def _commit(connection: Connection) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
         watched.sends_commit(connection)
 
 
 def _rollback(connection: Connection) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
         watched.sends_rollback(connection)
 
 
@@ -608,15 +798,22 @@ def _commit_twophase(connection: Connection, _xid: Any, _is_prepared: bool) -> N
 
 
 def _prepare_twophase(connection: Connection, _xid: Any) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
         watched.facts.prepared = True
 
 
 def _savepoint(connection: Connection, _name: str) -> None:
-    watched = _by_connection.get(connection)
-    if watched is not None:
+    for watched in _by_connection.get(connection, ()):
         watched.check_savepoint(connection)
+
+
+def _checkin(dbapi_connection: Any, _record: Any) -> None:
+    for watched in _carried.pop(id(dbapi_connection), ()):
+        watched.connection_is_free()
+
+
+def _invalidate(dbapi_connection: Any, _record: Any, _error: Any) -> None:
+    _checkin(dbapi_connection, _record)
 
 
 _ENGINE_LISTENERS = (
@@ -631,13 +828,18 @@ _ENGINE_LISTENERS = (
 
 
 def _listen_to_engine(engine: Engine) -> None:
-    for name, listener in _ENGINE_LISTENERS:
-        if not event.contains(engine, name, listener):
+    if is_new_target(_engines, engine):
+        for name, listener in _ENGINE_LISTENERS:
             event.listen(engine, name, listener)
     # this one is the dialect's, which engines made by execution_options() share
-    if engine.dialect not in _dialects:
-        _dialects.add(engine.dialect)
+    if is_new_target(_dialects, engine.dialect):
         event.listen(engine, "handle_error", _handle_error)
+
+
+def _listen_to_pool(engine: Engine) -> None:
+    if is_new_target(_pools, engine.pool):
+        event.listen(engine.pool, "checkin", _checkin)
+        event.listen(engine.pool, "invalidate", _invalidate)
 
 
 # --- what SQLAlchemy knows about a statement of its own --------------------------------------

@@ -1,8 +1,9 @@
 """Bytes from anywhere: what may be uploaded, read and hashed off the event loop.
 
 Invariants: a mutable source is copied, so that the hash and the upload see the same bytes;
-sources are checked before any is read, and all are read before anything is sent. Nothing here
-knows of S3. Streams get their place beside `Payload` when large objects come.
+sources of one explicit call are checked before any is read, and all are read before anything is
+sent; `read_payload` reads one by itself. Nothing here knows of S3. Streams get their place beside
+`Payload` when large objects come.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import inspect
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
-from .errors import InvalidSourceError
+from .errors import BlobTooLargeError, InvalidSourceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BlobSource = bytes | bytearray | memoryview | Path
 
+
+class AsyncReadable(Protocol):
+    """A source that is read piece by piece, such as Starlette's ``UploadFile``."""
+
+    async def read(self, size: int, /) -> bytes:
+        """Return *size* bytes at most, ``b""`` at the end."""
+
+
+READ_PIECE_BYTES = 2**20
 MAX_PUT_BYTES = 5 * 2**30
 """Source: Amazon S3 User Guide, "Uploading objects" (one PUT: 5 GiB)."""
 
@@ -30,10 +41,17 @@ HASH_INLINE_BYTES = 256 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Payload:
-    """The bytes of one object, with what names and protects them."""
+    """The bytes of one object, with what names and protects them.
+
+    Attributes:
+        body: the bytes.
+        md5: hexadecimal; None where no key is made of it. A store that needs it computes it.
+        sha256: hexadecimal.
+        crc32: as an unsigned integer.
+    """
 
     body: bytes = dataclasses.field(repr=False)
-    md5: str
+    md5: str | None
     sha256: str
     crc32: int
 
@@ -43,8 +61,8 @@ class Payload:
         return len(self.body)
 
 
-def check_source(source: object, *, column: str) -> None:
-    """Refuse what has no bytes to upload, without reading any.
+def check_source(source: object, *, column: str) -> int:
+    """Refuse what has no bytes to upload, without reading any; return how many there are.
 
     Raises:
         InvalidSourceError: another type, or a path that is not a file of at most 5 GiB.
@@ -64,6 +82,19 @@ def check_source(source: object, *, column: str) -> None:
         )
     if size > MAX_PUT_BYTES:
         raise InvalidSourceError(f"column {column!r}: {size} bytes, one PUT takes 5 GiB at most")
+    return size
+
+
+def check_size(column: str, size: int, limit: int) -> None:
+    """Refuse more bytes than are allowed.
+
+    Raises:
+        BlobTooLargeError: it is more.
+    """
+    if size > limit:
+        raise BlobTooLargeError(
+            f"column {column!r}: {size} bytes are more than the {limit} it takes"
+        )
 
 
 async def read_payloads(sources: Sequence[tuple[str, BlobSource]]) -> list[Payload]:
@@ -80,11 +111,65 @@ async def read_payloads(sources: Sequence[tuple[str, BlobSource]]) -> list[Paylo
     return _read_all(sources)
 
 
+def has_async_read(source: object) -> TypeGuard[AsyncReadable]:
+    """Tell whether *source* has an ``async def read``, as Starlette's ``UploadFile`` has."""
+    read = getattr(source, "read", None)
+    return not isinstance(source, type) and inspect.iscoroutinefunction(read)
+
+
+async def read_payload(
+    column: str,
+    source: BlobSource | AsyncReadable,
+    *,
+    with_md5: bool,
+    max_bytes: int | None = None,
+) -> Payload:
+    """Read and hash one source, off the loop when it takes long.
+
+    An object with an async ``read`` is read from where it stands to its end, in pieces of 1 MiB;
+    what was read of it is not put back, whatever happens.
+
+    Args:
+        column: its name stands in the errors.
+        source: bytes, a file's path, or an object with an async ``read``.
+        with_md5: compute the MD5 too, which only keys of the explicit strength are made of.
+        max_bytes: how much is taken; never more than the 5 GiB of one PUT.
+
+    Raises:
+        BlobTooLargeError: more than *max_bytes*; of a ``read``, no more than that was read.
+        InvalidSourceError: another type, a file that cannot be read, or a ``read`` that gives
+            something else than bytes.
+    """
+    limit = MAX_PUT_BYTES if max_bytes is None else min(max_bytes, MAX_PUT_BYTES)
+    if isinstance(source, Path):
+        return await asyncio.to_thread(_read_file, column, source, limit, with_md5=with_md5)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        size = _buffer_size(source, column)
+        check_size(column, size, limit)
+        if size > HASH_INLINE_BYTES:
+            return await asyncio.to_thread(_read, column, source, with_md5=with_md5)
+        return _read(column, source, with_md5=with_md5)
+    if not has_async_read(source):
+        check_source(source, column=column)  # refuses it, and says what may be given
+    pieces, size = await _read_pieces(column, source, limit)
+    if size > HASH_INLINE_BYTES:
+        return await asyncio.to_thread(_join, pieces, with_md5=with_md5)
+    return _join(pieces, with_md5=with_md5)
+
+
 def _read_all(sources: Sequence[tuple[str, BlobSource]]) -> list[Payload]:
-    return [_read(column, source) for column, source in sources]
+    return [_read(column, source, with_md5=True) for column, source in sources]
 
 
-def _read(column: str, source: BlobSource) -> Payload:
+def _read_file(column: str, path: Path, limit: int, *, with_md5: bool) -> Payload:
+    check_source(path, column=column)
+    check_size(column, _file_size(path, column), limit)  # before it takes the memory
+    payload = _read(column, path, with_md5=with_md5)
+    check_size(column, payload.size, limit)  # it may have grown
+    return payload
+
+
+def _read(column: str, source: BlobSource, *, with_md5: bool) -> Payload:
     if isinstance(source, Path):
         try:
             body = source.read_bytes()
@@ -92,9 +177,39 @@ def _read(column: str, source: BlobSource) -> Payload:
             raise InvalidSourceError(f"column {column!r}: cannot read {source}: {exc}") from exc
     else:
         body = bytes(source)  # copies what is mutable, returns bytes as they are
+    return _hash(body, with_md5=with_md5)
+
+
+async def _read_pieces(column: str, source: AsyncReadable, limit: int) -> tuple[list[bytes], int]:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        try:
+            piece: object = await source.read(READ_PIECE_BYTES)
+        except (OSError, ValueError) as exc:  # ValueError: a file that was closed
+            raise InvalidSourceError(
+                f"column {column!r}: cannot read {type(source).__name__}: {exc}"
+            ) from exc
+        if not isinstance(piece, bytes):
+            raise InvalidSourceError(
+                f"column {column!r}: read() of {type(source).__name__} gave "
+                f"{type(piece).__name__}, not bytes; open a file in binary mode"
+            )
+        if not piece:
+            return pieces, size
+        size += len(piece)
+        check_size(column, size, limit)
+        pieces.append(piece)
+
+
+def _join(pieces: list[bytes], *, with_md5: bool) -> Payload:
+    return _hash(pieces[0] if len(pieces) == 1 else b"".join(pieces), with_md5=with_md5)
+
+
+def _hash(body: bytes, *, with_md5: bool) -> Payload:
     return Payload(
         body=body,
-        md5=hashlib.md5(body, usedforsecurity=False).hexdigest(),
+        md5=hashlib.md5(body, usedforsecurity=False).hexdigest() if with_md5 else None,
         sha256=hashlib.sha256(body).hexdigest(),
         crc32=zlib.crc32(body),
     )

@@ -94,6 +94,7 @@ _ON_CONFLICT_SETS = re.compile(
 )
 _ASSIGNED = re.compile(r"(\"[^\"]+\"|`[^`]+`|\[[^\]]+\]|\w+)\s*=")
 _SETS_NULL = re.compile(r"=\s*NULL\b", re.IGNORECASE)
+_SETS_NAME = re.compile(r"=\s*(?!NULL\b|TRUE\b|FALSE\b)[A-Za-z_~(]", re.IGNORECASE)
 _MANY_ROWS = re.compile(r"\)\s*,\s*\(")
 _BODY = re.compile(
     r"\s*CREATE\b.*?\b(?:TRIGGER|FUNCTION|PROCEDURE)\b.*\bBEGIN\b.*\bEND\b",
@@ -306,6 +307,15 @@ def copied_columns(statement: Statement, names: Iterable[str]) -> set[str]:
         return set()
     source = _RETURNING.split(source)[0]
     return {name for name in names if re.search(pattern.format(re.escape(name)), source)}
+
+
+def may_copy(statement: Statement) -> bool:
+    """Tell whether a statement may copy a value from one cell to another by itself."""
+    if statement.kind is Kind.INSERT:
+        return _SELECT.search(statement.code) is not None
+    if statement.kind is not Kind.UPDATE:
+        return False
+    return _SETS_NAME.search(statement.code[: statement.where_at]) is not None
 
 
 def _placed_parameters(code: str, parameters: Any) -> Iterator[tuple[int, Any]]:

@@ -69,14 +69,29 @@ class Background:
     async def submit(self, work: Coroutine[Any, Any, None], *, seconds: float) -> None:
         """Start *work*, or, with *limit* tasks under way already, do it before returning."""
         is_full = len(self._tasks) >= self._limit
-        task = asyncio.create_task(_bounded(work, seconds), name="aioblobcol: background")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: work.close())  # see run_to_end
+        task = self.start(work, seconds=seconds)
         if is_full:  # back-pressure: the caller pays
             interrupted = await wait_through([task])
             if interrupted is not None:
                 raise interrupted
+
+    def start(self, work: Coroutine[Any, Any, None], *, seconds: float) -> asyncio.Task[None]:
+        """Start *work*, however much is under way: for callers that cannot wait.
+
+        Raises:
+            RuntimeError: no event loop is running; *work* was closed.
+        """
+        bounded = _bounded(work, seconds)
+        try:
+            task = asyncio.create_task(bounded, name="aioblobcol: background")
+        except RuntimeError:
+            bounded.close()
+            work.close()
+            raise
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # see run_to_end
+        return task
 
     async def drain(self) -> None:
         """Wait for everything that was submitted; each is bounded in time by itself.

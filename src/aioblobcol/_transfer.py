@@ -1,23 +1,29 @@
 """Many requests as one act: upload all or undo all, delete what may be deleted.
 
-Invariants (the two rules of cancellation, first half): a PUT that is on the wire is run to its
-end, and only then its key is deleted; PUTs that have not begun are not begun. Every key that
-was attempted is deleted when one fails; one without a definite answer is deleted a second time
-when its request can no longer take effect. Deleting never raises for storage trouble.
+One act may go to several stores. Invariants (the two rules of cancellation, first half): a PUT or
+a copy that is on the wire is run to its end, and only then its key is deleted; those that have
+not begun are not begun. Every key that was attempted is deleted when one fails; one without a
+definite answer is deleted a second time when its request can no longer take effect. Bytes are
+made ready inside of a store's slot and dropped with it. Deleting never raises for storage
+trouble.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from ._store._base import (
+    CopyRequest,
     DeleteReport,
     ObjectInfo,
     PutRequest,
     Store,
+    copy_seconds,
     is_owned,
     put_seconds,
 )
@@ -32,13 +38,35 @@ logger = logging.getLogger("aioblobcol.cleanup")
 FOREIGN = "not under this store's bucket and prefix"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Upload:
+    """One object that is to be made: by a PUT, or by a copy inside of the server.
+
+    Attributes:
+        store: where it is made.
+        column: its name stands in the errors.
+        uri: the new object; the request must be about it.
+        size: in bytes, as far as it is known before `prepare`, for the time limit; 0 for a copy.
+        prepare: makes the request, inside of the store's slot and right before it is sent, so
+            that there are never more bodies than slots. What it raises is this upload's failure,
+            with nothing begun. It may be cancelled.
+    """
+
+    store: Store
+    column: str
+    uri: str
+    size: int
+    prepare: Callable[[], Awaitable[PutRequest | CopyRequest]]
+
+
 @dataclasses.dataclass(slots=True)
 class Attempt:
-    """One PUT: whether it was begun, and whether its answer leaves a doubt.
+    """One PUT or copy: whether it was begun, and whether its answer leaves a doubt.
 
     It outlives the request, whose bytes are not kept.
     """
 
+    store: Store
     column: str
     uri: str
     seconds: float  # how long the request may live
@@ -56,22 +84,29 @@ class _Stop:
 
 
 async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attempt]:
-    """Upload all *requests* at once, bounded by the store; undo all if one fails.
+    """Upload all *requests*, whose bytes are there already, to one store; see `upload_each`."""
+    return await upload_each([_prepared(store, request) for request in requests])
+
+
+async def upload_each(uploads: Sequence[Upload]) -> list[Attempt]:
+    """Make all objects at once, bounded by each store; undo all if one fails.
 
     Raises:
-        BlobUploadError: the first failure; whatever was attempted was deleted again.
-        StoreClosedError: nothing was sent.
+        BlobUploadError: the first failure (also of an upload's ``prepare``, which is the cause
+            then); whatever was attempted was deleted again.
+        StoreClosedError: nothing was sent to that store; the same state in the others.
         asyncio.CancelledError: the same state; the upload error, if any, is its cause.
     """
-    slots, stop = store.runtime.slots, _Stop()
+    slots, stop = [upload.store.runtime.slots for upload in uploads], _Stop()
     attempts = [
-        Attempt(request.column, request.uri, put_seconds(store, request)) for request in requests
+        Attempt(upload.store, upload.column, upload.uri, put_seconds(upload.store, upload.size))
+        for upload in uploads
     ]
     tasks = [
         asyncio.create_task(
-            _put(store, request, attempt, slots, stop), name=f"aioblobcol: put {request.column}"
+            _upload(upload, attempt, slot, stop), name=f"aioblobcol: put {upload.column}"
         )
-        for request, attempt in zip(requests, attempts, strict=True)
+        for upload, attempt, slot in zip(uploads, attempts, slots, strict=True)
     ]
     interrupted: asyncio.CancelledError | None = None
     try:
@@ -84,37 +119,55 @@ async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attem
         if not attempt.begun:
             task.cancel()
     interrupted = await wait_through(tasks) or interrupted
-    error: BaseException | None = None
     failed = [
-        (attempt, task.exception())
+        (attempt, error)
         for attempt, task in zip(attempts, tasks, strict=True)
-        if not task.cancelled() and task.exception() is not None
+        if not task.cancelled() and (error := task.exception()) is not None
     ]
     if not failed and interrupted is None:
-        return attempts
+        failed = _cancelled_by_others(attempts, tasks)
+        if not failed:
+            return attempts
     try:
-        report = await compensate(store, [attempt for attempt in attempts if attempt.begun])
+        report = await compensate([attempt for attempt in attempts if attempt.begun])
     except asyncio.CancelledError as exc:
         interrupted, report = exc, DeleteReport()
-    if failed:
-        error = _upload_error(*failed[0], report)
+    error = _upload_error(*failed[0], report) if failed else None
     if interrupted is not None:
         raise interrupted from error
     assert error is not None
     raise error
 
 
-async def compensate(store: Store, attempts: Sequence[Attempt]) -> DeleteReport:
-    """Delete what *attempts* may have stored, now and, where an answer was lost, once more."""
-    expect_late(store, attempts)
-    return await delete_all(store, [attempt.uri for attempt in attempts])
+async def compensate(attempts: Sequence[Attempt]) -> DeleteReport:
+    """Delete what *attempts* may have stored, now and, where an answer was lost, once more.
+
+    All stores at once, also while the caller is cancelled; storage trouble is reported.
+
+    Raises:
+        asyncio.CancelledError: after the deletes were carried out.
+    """
+    expect_late(attempts)
+    uris: dict[int, list[str]] = {}
+    for attempt in attempts:
+        uris.setdefault(id(attempt.store), []).append(attempt.uri)
+    stores = {id(attempt.store): attempt.store for attempt in attempts}
+    if not stores:
+        return DeleteReport()
+    work = [(store, uris[key]) for key, store in stores.items()]
+    seconds = max(store.request_seconds for store in stores.values())
+    return await run_to_end(_delete_everywhere(work), seconds=2 * seconds)
 
 
-def expect_late(store: Store, attempts: Sequence[Attempt]) -> None:
+def expect_late(attempts: Sequence[Attempt]) -> None:
     """Have the unanswered among *attempts* deleted a second time, when they can no longer land."""
     for attempt in attempts:
-        if attempt.may_land_late:
-            store.runtime.delete_again(attempt.uri, after_seconds=attempt.seconds)
+        if not attempt.may_land_late:
+            continue
+        try:
+            attempt.store.runtime.delete_again(attempt.uri, after_seconds=attempt.seconds)
+        except StoreClosedError as exc:  # must not keep the others from being deleted
+            logger.error("%s is not deleted a second time: %s", attempt.uri, exc)
 
 
 async def delete_all(store: Store, uris: Collection[str]) -> DeleteReport:
@@ -125,8 +178,7 @@ async def delete_all(store: Store, uris: Collection[str]) -> DeleteReport:
     Raises:
         asyncio.CancelledError: after the deletes were carried out.
     """
-    mine = [uri for uri in dict.fromkeys(uris) if is_owned(store, uri)]
-    kept = {uri: FOREIGN for uri in dict.fromkeys(uris) if not is_owned(store, uri)}
+    mine, kept = _divided(store, uris)
     if not mine:
         return DeleteReport(kept=kept)
     return await run_to_end(_delete(store, mine, kept), seconds=2 * store.request_seconds)
@@ -152,39 +204,94 @@ async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]
     return found
 
 
-async def _put(
-    store: Store, request: PutRequest, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop
-) -> None:
+def _prepared(store: Store, request: PutRequest) -> Upload:
+    async def prepare() -> PutRequest:
+        return request
+
+    return Upload(store, request.column, request.uri, request.payload.size, prepare)
+
+
+async def _upload(upload: Upload, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop) -> None:
     async with slots:
-        if stop.is_set:
-            return
-        attempt.begun = attempt.may_land_late = True  # nothing awaits before the request
         try:
-            async with asyncio.timeout(attempt.seconds):
-                was_answered_at_once = await store.put(request)
-        except BaseException as exc:
+            if not stop.is_set:
+                await _prepare_and_send(upload, attempt, stop)
+        except BaseException:
             stop.is_set = True
-            if isinstance(exc, StoreClosedError):  # found out before anything was sent
-                attempt.begun = attempt.may_land_late = False
-            elif isinstance(exc, StoreError):
-                attempt.may_land_late = exc.may_have_taken_effect
-            elif isinstance(exc, TimeoutError):
-                raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
             raise
-        attempt.may_land_late = not was_answered_at_once
 
 
-def _upload_error(
-    attempt: Attempt, cause: BaseException | None, report: DeleteReport
-) -> BaseException:
+async def _prepare_and_send(upload: Upload, attempt: Attempt, stop: _Stop) -> None:
+    request = await upload.prepare()
+    assert request.uri == upload.uri  # or another object would be made than the one to be deleted
+    if stop.is_set:  # another one failed meanwhile
+        return
+    attempt.seconds = _seconds(upload.store, request)
+    attempt.begun = attempt.may_land_late = True  # nothing awaits before the request
+    try:
+        async with asyncio.timeout(attempt.seconds):
+            was_answered_at_once = await _send(upload.store, request)
+    except StoreClosedError:  # found out before anything was sent
+        attempt.begun = attempt.may_land_late = False
+        raise
+    except StoreError as exc:
+        attempt.may_land_late = exc.may_have_taken_effect
+        raise
+    except TimeoutError as exc:
+        verb = "copy" if isinstance(request, CopyRequest) else "put"
+        raise StoreUnavailableError(verb, request.uri, "no answer in time") from exc
+    attempt.may_land_late = not was_answered_at_once
+
+
+def _seconds(store: Store, request: PutRequest | CopyRequest) -> float:
+    if isinstance(request, CopyRequest):
+        return copy_seconds(store)
+    return put_seconds(store, request.payload.size)
+
+
+async def _send(store: Store, request: PutRequest | CopyRequest) -> bool:
+    if isinstance(request, CopyRequest):
+        return await store.copy(request)
+    return await store.put(request)
+
+
+def _cancelled_by_others(
+    attempts: Sequence[Attempt], tasks: Sequence[asyncio.Task[None]]
+) -> list[tuple[Attempt, BaseException]]:
+    """Return what would otherwise be missing without any error."""
+    return [
+        (attempt, asyncio.CancelledError("somebody cancelled the upload's own task"))
+        for attempt, task in zip(attempts, tasks, strict=True)
+        if task.cancelled()
+    ]
+
+
+def _upload_error(attempt: Attempt, cause: BaseException, report: DeleteReport) -> BaseException:
     if isinstance(cause, StoreClosedError):
         return cause
-    error = BlobUploadError(attempt.column, attempt.uri, str(cause), report.failed)
+    reason = str(cause) or type(cause).__name__
+    error = BlobUploadError(attempt.column, attempt.uri, reason, report.failed)
     error.__cause__ = cause
     return error
 
 
+def _divided(store: Store, uris: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Return what may be deleted, and what is kept with the reason."""
+    unique = dict.fromkeys(uris)
+    mine = [uri for uri in unique if is_owned(store, uri)]
+    return mine, {uri: FOREIGN for uri in unique if not is_owned(store, uri)}
+
+
+async def _delete_everywhere(work: Sequence[tuple[Store, list[str]]]) -> DeleteReport:
+    reports = await asyncio.gather(
+        *(_delete(store, *_divided(store, uris)) for store, uris in work)
+    )
+    return functools.reduce(DeleteReport.merged_with, reports)
+
+
 async def _delete(store: Store, uris: list[str], kept: dict[str, str]) -> DeleteReport:
+    if not uris:
+        return DeleteReport(kept=kept)
     try:
         async with asyncio.timeout(store.request_seconds):
             report = await store.delete_many(uris)

@@ -16,7 +16,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 from .errors import (
     InvalidBucketError,
@@ -37,6 +38,31 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _SAFE = re.compile(r"[A-Za-z0-9._~=-]+")
 _COLUMN = re.compile(r"[A-Za-z0-9._~-]+")
 _OWN_KEY = re.compile(r"/id=[0-9a-f]{32}\Z")
+
+
+class UploadedUri(str):
+    """A URI as a result of ``put_s3`` hands it out: its column's type takes no other string."""
+
+    __slots__ = ("_check",)
+    _check: Callable[[], None]
+
+    def __new__(cls, uri: str, check: Callable[[], None]) -> Self:
+        """Take the URI, and what raises once it may not be written any more."""
+        made = super().__new__(cls, uri)
+        made._check = check
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str.__str__(self),)
+
+    def for_statement(self) -> str:
+        """Return the plain string.
+
+        Raises:
+            ResultSpentError: its transaction ended.
+        """
+        self._check()
+        return str.__str__(self)
 
 
 def split_s3_uri(s3_uri: str) -> tuple[str, str]:

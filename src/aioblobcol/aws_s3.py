@@ -29,6 +29,7 @@ from ._store._s3 import S3Store, drain
 from ._transfer import Attempt, compensate, delete_all, head_all, upload_all
 from ._uri import (
     PrimaryKey,
+    UploadedUri,
     attempt_key,
     b64decode_str,
     b64encode_str,
@@ -190,7 +191,8 @@ class PutS3Result:
         if not any(result.old_s3_uri for result in self._executed()):
             # a create that succeeds calls nothing more in the hand-written form
             self._life.must_be_settled = False
-        return {result.column: result.new_s3_uri for result in self._executed()}
+        check = functools.partial(self._life.check_open, "to_values()")
+        return {result.column: UploadedUri(result.new_s3_uri, check) for result in self._executed()}
 
     def guard(self, entity: Any) -> ColumnElement[bool]:
         """Return the condition that the row still holds the old URIs, for UPDATE's WHERE.
@@ -213,7 +215,7 @@ class PutS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was not written")
-        return await compensate(self._store, self._attempts)
+        return await compensate(self._attempts)
 
     async def clean_up_old_s3_object_when_update_row_succeeded(self) -> DeleteReport:
         """Delete the replaced objects, because the transaction was certainly committed.

@@ -6,6 +6,8 @@ AioBlobColError
 │   ├── ForeignUriError                not under this store's bucket and prefix
 │   ├── InvalidBucketError, InvalidPrefixError, InvalidPrimaryKeyError, InvalidColumnError
 │   ├── InvalidSourceError (TypeError) not something that can be uploaded
+│   │   └── BlobTooLargeError          more bytes than the column takes
+│   ├── ContentTypeRefusedError        a content type that the column does not accept
 │   ├── NaiveDatetimeError             a datetime without a time zone
 │   └── InvalidPutArgumentsError       what put_object does not take, or what the library owns
 ├── StoreError                         S3 refused or failed one request
@@ -13,6 +15,8 @@ AioBlobColError
 │   ├── StoreAccessError
 │   └── StoreUnavailableError          no definite answer: it may have taken effect
 ├── StoreClosedError (RuntimeError)
+├── BlobNotUploadedError (RuntimeError) a pending blob where a stored one is needed
+├── BlobUnboundError (RuntimeError)    a stored blob that does not know its store
 ├── BlobUploadError                    one of several uploads failed, all were undone
 ├── CleanUpError                       from ``raise_for_failures()`` only
 ├── ResultSpentError (RuntimeError)    a result was used after it was settled
@@ -80,6 +84,18 @@ class InvalidSourceError(InvalidInputError, TypeError):
     """Not something whose bytes can be uploaded."""
 
 
+class BlobTooLargeError(InvalidSourceError):
+    """More bytes than the column's ``max_bytes``; nothing was kept.
+
+    Raised before anything is sent, if the size is known by then. Of an upload that has to be
+    read to know it, it is the ``__cause__`` of a `BlobUploadError`.
+    """
+
+
+class ContentTypeRefusedError(InvalidInputError):
+    """A content type that the column's ``accept`` does not name; nothing was kept."""
+
+
 class NaiveDatetimeError(InvalidInputError):
     """A datetime without a time zone where an aware one is needed."""
 
@@ -133,6 +149,14 @@ class StoreUnavailableError(StoreError):
 
 class StoreClosedError(AioBlobColError, RuntimeError):
     """The store, or the client behind it, is not open."""
+
+
+class BlobNotUploadedError(AioBlobColError, RuntimeError):
+    """A `Blob` without an object, where one is needed; nothing was sent to the database."""
+
+
+class BlobUnboundError(AioBlobColError, RuntimeError):
+    """A stored `Blob` that does not know its store; nothing was sent."""
 
 
 class BlobUploadError(AioBlobColError):

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
 from support.databases import Database, open_sqlite
-from support.models import COLUMNS, TASKS, Base, Task, contents, read_row
+from support.models import COLUMNS, TASKS, Base, Task, contents
 from support.postgres_proxy import PostgresProxy, postgres_proxy
 
 from aioblobcol import (
@@ -23,6 +23,7 @@ from aioblobcol import (
     Outcome,
     PutS3ApiCall,
     PutS3Result,
+    ResultSpentError,
     TransactionAbortedError,
     UnsafeTransactionError,
     blob_transaction,
@@ -324,25 +325,79 @@ class TestBehindTheBack:
 
 
 class TestOwnership:
-    """The block commits by itself, so the transaction must be its own."""
+    """The block commits by itself, or it joins whoever has begun the transaction."""
 
     async def test_inside_a_begin_block(
         self, database: Database, memory_store: MemoryStore
     ) -> None:
-        """Inside of session.begin() it is refused, and the error tells what to write."""
+        """Inside of session.begin() the block joins: the owner's commit settles it."""
+        old = await seed(database, memory_store)
         async with database.session() as session, session.begin():
-            with pytest.raises(UnsafeTransactionError, match="Leave out"):
-                async with blob_transaction(session, store=memory_store):
-                    raise AssertionError("not reached")
+            async with blob_transaction(session, store=memory_store) as tx:
+                put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"new", old)])
+                await session.execute(replace(put))
+            assert tx.outcome is None
+            assert old in memory_store.objects
+
+        assert tx.outcome is Outcome.COMMITTED
+        assert await contents(memory_store, database.engine) == (b"new", None)
+
+    async def test_a_joined_block_whose_owner_rolls_back(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """When the owner rolls back, what a joined block has uploaded goes."""
+        old = await seed(database, memory_store)
+        async with database.session() as session:
+            with pytest.raises(RuntimeError, match="owner"):
+                async with session.begin():
+                    async with blob_transaction(session, store=memory_store) as tx:
+                        put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"n", old)])
+                        await session.execute(replace(put))
+                    raise RuntimeError("owner")
+
+        assert tx.outcome is Outcome.ROLLED_BACK
+        assert await contents(memory_store, database.engine) == (b"old", None)
+        with pytest.raises(ResultSpentError):
+            put.to_values()
+
+    async def test_a_joined_block_that_wrote_nothing(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """The owner's COMMIT is refused if a joined block's upload went into no row."""
+        async with database.session() as session:
+            with pytest.raises(BlobNotWrittenError):
+                async with session.begin():
+                    async with blob_transaction(session, store=memory_store) as tx:
+                        await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"n", None)])
+
+        assert await contents(memory_store, database.engine) is None
+
+    async def test_a_joined_block_that_fails(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """What a failed joined block has not written goes, and the owner may commit the rest."""
+        async with database.session() as session, session.begin():
+            session.add(Task(url="rest"))
+            with pytest.raises(RuntimeError, match="handler"):
+                async with blob_transaction(session, store=memory_store) as tx:
+                    await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"n", None)])
+                    raise RuntimeError("handler")
+
+        assert await contents(memory_store, database.engine, "rest") == (None, None)
 
     async def test_inside_a_savepoint(self, database: Database, memory_store: MemoryStore) -> None:
-        """Inside of a savepoint it is refused."""
+        """Inside of a savepoint it joins, and goes with the savepoint when that is rolled back."""
+        old = await seed(database, memory_store)
         async with database.session() as session:
-            await read_row(database.engine)
-            async with session.begin_nested():
-                with pytest.raises(UnsafeTransactionError, match="savepoint"):
-                    async with blob_transaction(session, store=memory_store):
-                        raise AssertionError("not reached")
+            with pytest.raises(RuntimeError, match="savepoint"):
+                async with session.begin_nested():
+                    async with blob_transaction(session, store=memory_store) as tx:
+                        put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"n", old)])
+                        await session.execute(replace(put))
+                    raise RuntimeError("savepoint")
+            await session.commit()
+
+        assert await contents(memory_store, database.engine) == (b"old", None)
 
     async def test_bound_to_a_connection_in_a_transaction(
         self, database: Database, memory_store: MemoryStore
@@ -380,7 +435,7 @@ class TestOwnership:
         """A result that was handed to a refused block can be handed to another one."""
         put = await put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"x", None)], store=memory_store)
         async with database.session() as session:
-            async with session.begin():
+            async with blob_transaction(session, store=memory_store):
                 with pytest.raises(UnsafeTransactionError):
                     async with blob_transaction(session, put):
                         raise AssertionError("not reached")

@@ -902,7 +902,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def write(self, uri: str, is_guarded: bool) -> None:
         row, old = self.replaces[uri]
         # an unguarded write is the user's word that the row still holds what it replaces
-        matches = row in self.now and (self.now[row] == old or self.now[row] == uri)
+        may_hold = {old} if is_guarded else {old, uri}
+        matches = row in self.now and self.now[row] in may_hold
         if not matches and not is_guarded:
             return
         named = {uri} | ({old} if old and is_guarded else set())

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from aioblobcol._sources import read_payloads
-from aioblobcol._store._base import ObjectInfo, PutRequest, is_owned, owned_uris
+from aioblobcol._store._base import (
+    READ_CHUNK_BYTES,
+    CopyRequest,
+    ObjectInfo,
+    PutRequest,
+    is_owned,
+    owned_uris,
+)
 from aioblobcol.errors import (
     BlobNotFoundError,
     ForeignUriError,
     InvalidBucketError,
+    InvalidInputError,
     InvalidPrefixError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -30,6 +39,11 @@ async def request(uri: str, body: bytes = b"page", **more: Any) -> PutRequest:
     return PutRequest(
         column="page", uri=uri, payload=payload, metadata=more.pop("metadata", {}), **more
     )
+
+
+async def opened(store: MemoryStore) -> bytes:
+    async with store.open(A) as reader:
+        return await reader.read()
 
 
 async def listed(store: MemoryStore) -> list[str]:
@@ -122,6 +136,162 @@ class TestVerbs:
         assert memory_store.calls == []
 
 
+class TestCopy:
+    async def test_takes_over_what_describes_the_content(self, memory_store: MemoryStore) -> None:
+        """Bytes, metadata, type and tags are the source's; how it is kept is the copy's."""
+        given = {"ContentType": "text/html", "StorageClass": "GLACIER", "Tagging": "a=b"}
+        await memory_store.put(await request(A, metadata={"x": "y"}, arguments=given))
+        asked = {"ContentType": "text/plain", "StorageClass": "STANDARD_IA"}
+        answered = await memory_store.copy(CopyRequest("page", B, A, asked))
+
+        assert answered is True
+        assert memory_store.objects[B] == StoredObject(
+            b"page",
+            {"x": "y"},
+            {"ContentType": "text/html", "StorageClass": "STANDARD_IA", "Tagging": "a=b"},
+        )
+        assert memory_store.calls[-1] == ("copy", (B,))
+
+    async def test_tags_of_its_own(self, memory_store: MemoryStore) -> None:
+        """Tags that are given replace the source's."""
+        await memory_store.put(await request(A, arguments={"Tagging": "a=b"}))
+        await memory_store.copy(CopyRequest("page", B, A, {"Tagging": "c=d"}))
+
+        assert memory_store.objects[B].arguments == {"Tagging": "c=d"}
+
+    async def test_of_what_is_missing(self, memory_store: MemoryStore) -> None:
+        """A missing source is not found, by its own URI, and certainly nothing was made."""
+        with pytest.raises(BlobNotFoundError, match="copy") as caught:
+            await memory_store.copy(CopyRequest("page", B, A))
+
+        assert caught.value.uri == A
+        assert caught.value.may_have_taken_effect is False
+        assert memory_store.objects == {}
+
+    async def test_may_land_late(self, memory_store: MemoryStore) -> None:
+        """A copy without an answer may take effect later, with the bytes of when it was asked."""
+        await memory_store.put(await request(A, b"then"))
+        memory_store.fail(
+            "copy", error=lambda verb, uri: StoreUnavailableError(verb, uri, "timeout")
+        )
+        with pytest.raises(StoreUnavailableError):
+            await memory_store.copy(CopyRequest("page", B, A))
+        await memory_store.put(await request(A, b"now"))
+
+        assert B not in memory_store.objects
+        assert memory_store.land_late() == [B]
+        assert await memory_store.get(B) == b"then"
+
+    async def test_that_is_cancelled_may_land_late(self, memory_store: MemoryStore) -> None:
+        """Cancelling a copy on the wire does not take it back, even if its source goes."""
+        await memory_store.put(await request(A))
+        gate = memory_store.hold("copy")
+        copying = asyncio.create_task(memory_store.copy(CopyRequest("page", B, A)))
+        await gate.reached.wait()
+        await memory_store.delete_many([A])
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+
+        assert memory_store.objects == {}
+        assert memory_store.land_late() == [B]
+
+    async def test_whose_answer_is_lost_is_there(self, memory_store: MemoryStore) -> None:
+        """A copy whose answer is lost has taken effect."""
+        await memory_store.put(await request(A))
+        memory_store.fail("copy", stage="after")
+
+        with pytest.raises(StoreUnavailableError) as caught:
+            await memory_store.copy(CopyRequest("page", B, A))
+        assert caught.value.uri == B
+        assert set(memory_store.objects) == {A, B}
+
+
+class TestOpen:
+    async def test_reads_chunk_by_chunk(self, memory_store: MemoryStore) -> None:
+        """An object is read in chunks of 256 KiB at most, and described before."""
+        body = bytes(range(256)) * 2500
+        await memory_store.put(await request(A, body, arguments={"ContentType": "text/html"}))
+        async with memory_store.open(A) as reader:
+            chunks = [chunk async for chunk in reader]
+
+        assert reader.info == ObjectInfo(A, len(body), {}, content_type="text/html")
+        assert reader.info == await memory_store.head(A)
+        assert [len(chunk) for chunk in chunks] == [READ_CHUNK_BYTES, READ_CHUNK_BYTES, 115_712]
+        assert b"".join(chunks) == body
+
+    async def test_reads_the_rest(self, memory_store: MemoryStore) -> None:
+        """`read` gives what was not read yet, and then nothing."""
+        await memory_store.put(await request(A, bytes(READ_CHUNK_BYTES) + b"rest"))
+        async with memory_store.open(A) as reader:
+            await anext(reader)
+
+            assert await reader.read() == b"rest"
+            assert await reader.read() == b""
+
+    async def test_is_closed_afterwards(self, memory_store: MemoryStore) -> None:
+        """A reader is used inside of its block only."""
+        await memory_store.put(await request(A))
+        async with memory_store.open(A) as reader:
+            pass
+
+        with pytest.raises(StoreClosedError, match="inside of"):
+            await reader.read()
+        with pytest.raises(StoreClosedError, match="inside of"):
+            await anext(reader)
+
+    async def test_of_what_is_missing(self, memory_store: MemoryStore) -> None:
+        """Entering says that an object is missing."""
+        with pytest.raises(BlobNotFoundError):
+            async with memory_store.open(A):
+                raise AssertionError("not reached")
+
+    async def test_may_break_off(self, memory_store: MemoryStore) -> None:
+        """A connection may be lost after the last chunk and before the end."""
+        await memory_store.put(await request(A))
+        memory_store.fail("get", stage="after")
+        chunks: list[bytes] = []
+
+        with pytest.raises(StoreUnavailableError, match="get"):
+            async with memory_store.open(A) as reader:
+                async for chunk in reader:
+                    chunks.append(chunk)  # noqa: PERF401 - it breaks off
+        assert chunks == [b"page"]
+
+
+class TestPresign:
+    async def test_a_url_that_nobody_answers(self, memory_store: MemoryStore) -> None:
+        """The URL tells its arguments; it cannot be opened."""
+        url = await memory_store.presign(
+            f"{A} é", expires_in=timedelta(minutes=5), download_as="a b.html"
+        )
+
+        assert url == (
+            "memory://bucket/prefix/a%20%C3%A9?expires_in=300&response-content-disposition="
+            "attachment%3B+filename%3D%22a+b.html%22%3B+filename%2A%3DUTF-8%27%27a%2520b.html"
+        )
+        assert memory_store.calls == [("presign", (f"{A} é",))]
+
+    async def test_can_fail(self, memory_store: MemoryStore) -> None:
+        """A test can make it fail, as for lack of credentials."""
+        memory_store.fail("presign")
+
+        with pytest.raises(StoreError, match="presign"):
+            await memory_store.presign(A, expires_in=timedelta(minutes=5))
+
+    @pytest.mark.parametrize(
+        "expires_in",
+        [timedelta(0), timedelta(seconds=-1), timedelta(seconds=0.9), timedelta(days=7, seconds=1)],
+    )
+    async def test_what_sigv4_refuses_is_refused(
+        self, memory_store: MemoryStore, expires_in: timedelta
+    ) -> None:
+        """A URL lives from one second to seven days."""
+        with pytest.raises(InvalidInputError, match="7 days"):
+            await memory_store.presign(A, expires_in=expires_in)
+        assert memory_store.calls == []
+
+
 class TestOwnership:
     @pytest.mark.parametrize(
         ("uri", "expected"),
@@ -166,8 +336,11 @@ class TestLife:
                 pass
         requests = [
             store.put(await request(A)),
+            store.copy(CopyRequest("page", B, A)),
             store.get(A),
+            opened(store),
             store.head(A),
+            store.presign(A, expires_in=timedelta(minutes=5)),
             store.delete_many([A]),
             listed(store),
         ]
@@ -332,14 +505,17 @@ class TestFaults:
 
         memory_store.hooks += [steps.append, hook]
         await memory_store.put(await request(A))
+        await memory_store.copy(CopyRequest("page", A, A))
         await memory_store.get(A)
+        await opened(memory_store)
         await memory_store.head(A)
+        await memory_store.presign(A, expires_in=timedelta(minutes=5))
         await memory_store.delete_many([A])
 
         assert steps == awaited
         assert steps == [
             Step(operation, stage, A)
-            for operation in ("put", "get", "head", "delete")
+            for operation in ("put", "copy", "get", "get", "head", "presign", "delete")
             for stage in ("before", "after")
         ]
 

@@ -14,17 +14,44 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .._sources import Payload
 from .._tasks import Background, run_to_end
 from .._uri import root_uri
-from ..errors import CleanUpError, ForeignUriError
+from ..errors import CleanUpError, ForeignUriError, StoreClosedError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 logger = logging.getLogger("aioblobcol.store")
 
 SLOWEST_BYTES_PER_SECOND = 256 * 1024
 """A body may take this long on top of the time limit of its request (a slow uplink, 2 Mbit/s)."""
+
+COPY_SECONDS = 120
+"""A copy may take this long on top of the time limit of its request: the server copies 5 GiB (the
+most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
+
+READ_CHUNK_BYTES = 256 * 1024
+
+DESCRIBING_ARGUMENTS: Final = frozenset(
+    {
+        "CacheControl",
+        "ContentDisposition",
+        "ContentEncoding",
+        "ContentLanguage",
+        "ContentType",
+        "Expires",
+        "Metadata",
+    }
+)
+"""Arguments of ``put_object`` that a copy takes over from its source.
+
+Source: Amazon S3 API Reference, CopyObject (``x-amz-metadata-directive: COPY``).
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,12 +66,84 @@ class PutRequest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """One object to be copied by the server; its bytes do not travel.
+
+    Attributes:
+        column: the column's name.
+        uri: the new object.
+        source_uri: the object that is copied, in this or another bucket of the same server.
+        arguments: named as those of ``put_object``, such as ``StorageClass``. What describes the
+            content (``ContentType``, ...) and the metadata are the source's, and so are its tags
+            unless ``Tagging`` is given.
+    """
+
+    column: str
+    uri: str
+    source_uri: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What HEAD tells of an object; metadata names are in lower case, values decoded."""
+    """What HEAD tells of an object; metadata names are in lower case, values decoded.
+
+    Attributes:
+        uri: the object.
+        size: in bytes.
+        metadata: of the user.
+        content_type: None if the server does not say.
+        modified_at: aware, in UTC; None if the server does not say.
+        etag: as it stands in the header, in its quotes; None if the server does not say.
+    """
 
     uri: str
     size: int
     metadata: Mapping[str, str]
+    content_type: str | None = None
+    modified_at: datetime | None = None
+    etag: str | None = None
+
+
+class ObjectReader:
+    """An object that is being read, inside of the ``async with`` that opened it.
+
+    Iterates over its bytes once, in chunks of 256 KiB at most. Its store makes it, and closes it
+    on every way out of the block.
+
+    Attributes:
+        info: what the answer's headers tell of the object.
+    """
+
+    def __init__(self, info: ObjectInfo, read_chunk: Callable[[int], Awaitable[bytes]]) -> None:
+        self.info = info
+        self._read_chunk: Callable[[int], Awaitable[bytes]] | None = read_chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._read_chunk is None:
+            raise StoreClosedError(
+                f"cannot get {self.info.uri}: read it inside of the `async with` that opened it"
+            )
+        chunk = await self._read_chunk(READ_CHUNK_BYTES)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def read(self) -> bytes:
+        """Read what is left; ``b""`` at the end.
+
+        Raises:
+            StoreError: the object could not be read to its end.
+            StoreClosedError: the block that opened it was left.
+        """
+        return b"".join([chunk async for chunk in self])
+
+    def close(self) -> None:
+        """Refuse what is read from now on; the store calls it."""
+        self._read_chunk = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +215,15 @@ class Store(Protocol):
             StoreError: ``may_have_taken_effect`` tells whether the object may be there.
         """
 
+    async def copy(self, request: CopyRequest) -> bool:
+        """Copy one object inside of the server; tell whether the first attempt was answered.
+
+        Raises:
+            BlobNotFoundError: the source is missing (the error names it), or the bucket.
+            StoreError: about the new object; ``may_have_taken_effect`` tells whether it may be
+                there.
+        """
+
     async def get(self, uri: str) -> bytes:
         """Read one object.
 
@@ -124,8 +232,25 @@ class Store(Protocol):
             StoreError: it could not be read.
         """
 
+    def open(self, uri: str) -> AbstractAsyncContextManager[ObjectReader]:
+        """Read one object chunk by chunk; leaving the block ends the request.
+
+        Raises:
+            BlobNotFoundError: it is not there; raised on entering.
+            StoreError: it could not be read; also while its chunks are read.
+        """
+
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object, with the same errors as ``get``."""
+
+    async def presign(
+        self, uri: str, *, expires_in: timedelta, download_as: str | None = None
+    ) -> str:
+        """Return a URL with which anybody can GET the object, a secret therefore.
+
+        Raises:
+            InvalidInputError: ``expires_in`` is not from 1 second to 7 days.
+        """
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects; failures are in the report. ``uris`` were checked by `owned_uris`."""
@@ -158,9 +283,14 @@ def owned_uris(store: Store, uris: Collection[str]) -> list[str]:
     return list(dict.fromkeys(uris))
 
 
-def put_seconds(store: Store, request: PutRequest) -> float:
-    """Return how long one PUT may take with its body."""
-    return store.request_seconds + request.payload.size / SLOWEST_BYTES_PER_SECOND
+def put_seconds(store: Store, size: int) -> float:
+    """Return how long one PUT may take with its body of *size* bytes."""
+    return store.request_seconds + size / SLOWEST_BYTES_PER_SECOND
+
+
+def copy_seconds(store: Store) -> float:
+    """Return how long one copy may take."""
+    return store.request_seconds + COPY_SECONDS
 
 
 class Runtime:

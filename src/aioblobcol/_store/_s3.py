@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import weakref
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,11 +22,22 @@ from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
+from .._sources import HASH_INLINE_BYTES
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
-from ._base import DeleteReport, ObjectInfo, PutRequest, Runtime, owned_uris
-from ._errors import translating, was_retried
+from ._base import (
+    DESCRIBING_ARGUMENTS,
+    CopyRequest,
+    DeleteReport,
+    ObjectInfo,
+    ObjectReader,
+    PutRequest,
+    Runtime,
+    owned_uris,
+)
+from ._errors import from_answer, translating, was_retried
 from ._metadata import decode_metadata
+from ._presign import content_disposition, expiry_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -37,6 +49,8 @@ KEYS_PER_REQUEST: Final = 1000
 
 DELETE_ROUNDS: Final = 3
 PARALLEL_DELETES: Final = 16
+
+_NOT_FOUND: Final = 404
 
 _OWNED_ARGUMENTS: Final = frozenset({"Bucket", "Key", "Body"})
 _RETRYABLE: Final = frozenset(
@@ -234,7 +248,34 @@ class S3Store:
             StoreError: ``may_have_taken_effect`` tells whether the object may be there.
         """
         with translating("put", request.uri):
-            answer = await self.client.put_object(**self._put_arguments(request))
+            arguments = {**self._put_arguments(request), **await self._checksum(request)}
+            answer = await self.client.put_object(**arguments)
+        return not was_retried(answer)
+
+    async def copy(self, request: CopyRequest) -> bool:
+        """Copy one object inside of the server; tell whether the first attempt was answered.
+
+        The content's type and its like, the metadata and the tags are the source's (tags unless
+        ``Tagging`` is among the arguments, the others always); everything else is as it would be
+        for a new object. Arguments that only ``put_object`` takes are left out. The source's
+        bucket may be another one that the same client reaches.
+
+        Raises:
+            BlobNotFoundError: the source is missing (the error names it), or a bucket.
+            StoreAccessError: one of the two may not be used; without s3:ListBucket, AWS answers
+                this for a source that is missing.
+            StoreError: about the new object, such as for a source of more than 5 GiB;
+                ``may_have_taken_effect`` tells whether it may be there.
+
+        Source: Amazon S3 API Reference, CopyObject (5 GB, directives).
+        """
+        with translating("copy", request.uri):
+            try:
+                answer = await self.client.copy_object(**self._copy_arguments(request))
+            except ClientError as exc:
+                if not _misses_source(exc, request):
+                    raise
+                raise from_answer("copy", request.source_uri, exc) from exc
         return not was_retried(answer)
 
     async def get(self, uri: str) -> bytes:
@@ -251,6 +292,30 @@ class S3Store:
                 data: bytes = await body.read()
         return data
 
+    @contextlib.asynccontextmanager
+    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
+        """Read one object chunk by chunk; leaving the block early drops the connection.
+
+        Raises:
+            BlobNotFoundError: it is not there; raised on entering.
+            StoreError: it could not be read; also while its chunks are read.
+        """
+        bucket, key = split_s3_uri(uri)
+        with translating("get", uri):
+            answer = await self.client.get_object(Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+
+            async def read_chunk(size: int) -> bytes:
+                with translating("get", uri):
+                    chunk: bytes = await body.read(size)
+                return chunk
+
+            reader = ObjectReader(_info(uri, answer), read_chunk)
+            try:
+                yield reader
+            finally:
+                reader.close()
+
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object.
 
@@ -261,11 +326,41 @@ class S3Store:
         bucket, key = split_s3_uri(uri)
         with translating("head", uri):
             answer = await self.client.head_object(Bucket=bucket, Key=key)
-        return ObjectInfo(
-            uri=uri,
-            size=int(answer["ContentLength"]),
-            metadata=decode_metadata(answer.get("Metadata", {})),
-        )
+        return _info(uri, answer)
+
+    async def presign(
+        self, uri: str, *, expires_in: timedelta, download_as: str | None = None
+    ) -> str:
+        """Return a URL with which anybody can GET the object until it expires. Sends nothing.
+
+        It is not checked that the object exists. The URL is a secret, and is not logged. A URL
+        that was signed with temporary credentials expires with them, if that is earlier. A
+        borrowed client signs as it was configured: in the regions that once knew SigV2 botocore
+        presigns with that, unless ``signature_version="s3v4"`` is in its configuration.
+
+        Args:
+            uri: the object.
+            expires_in: from 1 second to 7 days; fractions of a second are dropped.
+            download_as: the name under which a browser saves the object, in any script. Control
+                characters and separators in it become ``_``.
+
+        Raises:
+            InvalidInputError: ``expires_in`` is out of bounds, or the name is empty.
+            StoreAccessError: there are no credentials to sign with.
+
+        Source: Amazon S3 API Reference, "Authenticating Requests: Using Query Parameters" (SigV4:
+        7 days at most).
+        """
+        seconds = expiry_seconds(expires_in)
+        bucket, key = split_s3_uri(uri)
+        arguments = {"Bucket": bucket, "Key": key}
+        if download_as is not None:
+            arguments["ResponseContentDisposition"] = content_disposition(download_as)
+        with translating("presign", uri):
+            url: str = await self.client.generate_presigned_url(
+                "get_object", Params=arguments, ExpiresIn=seconds
+            )
+        return url
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects, 1,000 per request, requests in parallel; refused keys are tried again.
@@ -322,6 +417,7 @@ class S3Store:
             context = self._new_client(self._compat, sign_payload=True)
             client = await stack.enter_async_context(context)
         client.meta.events.register_last("before-call.s3", _no_expect)
+        client.meta.events.register_first("choose-signer.s3.GetObject", _presign_with_v4)
         if self._compat.checksum == "md5":
             client.meta.events.register_last("before-call.s3.DeleteObjects", _content_md5)
         return client
@@ -335,19 +431,45 @@ class S3Store:
 
     def _put_arguments(self, request: PutRequest) -> dict[str, Any]:
         bucket, key = split_s3_uri(request.uri)
-        arguments = {
+        return {
             **request.arguments,
             "Bucket": bucket,
             "Key": key,
             "Body": request.payload.body,
             "Metadata": dict(request.metadata),
         }
-        has_checksum = any(
+
+    def _copy_arguments(self, request: CopyRequest) -> dict[str, Any]:
+        source_bucket, source_key = split_s3_uri(request.source_uri)
+        bucket, key = split_s3_uri(request.uri)
+        model = self.client.meta.service_model.operation_model("CopyObject")
+        known = set(model.input_shape.members) - DESCRIBING_ARGUMENTS
+        kept = {name: value for name, value in request.arguments.items() if name in known}
+        return {
+            **({"TaggingDirective": "REPLACE"} if "Tagging" in kept else {}),
+            **kept,
+            "Bucket": bucket,
+            "Key": key,
+            # as a dict: botocore would take "?versionId=" in a string for a version
+            "CopySource": {"Bucket": source_bucket, "Key": source_key},
+            "MetadataDirective": "COPY",
+        }
+
+    async def _checksum(self, request: PutRequest) -> dict[str, str]:
+        """Return the argument that protects the body, unless the caller gave one."""
+        has_own = any(
             name == "ContentMD5" or name.startswith("Checksum") for name in request.arguments
         )
-        if self._compat is not None and not has_checksum:
-            arguments.update(_checksum(self._compat, request))
-        return arguments
+        if self._compat is None or has_own:
+            return {}
+        payload = request.payload
+        if self._compat.checksum == "crc32":
+            return {"ChecksumCRC32": _base64(payload.crc32.to_bytes(4, "big"))}
+        if payload.md5 is not None:
+            return {"ContentMD5": _base64(bytes.fromhex(payload.md5))}
+        if payload.size <= HASH_INLINE_BYTES:
+            return {"ContentMD5": _base64(_md5(payload.body))}
+        return {"ContentMD5": _base64(await asyncio.to_thread(_md5, payload.body))}
 
     async def _delete_round(
         self, uris: list[str], failed_before: Mapping[str, str]
@@ -494,11 +616,35 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
     )
 
 
-def _checksum(compat: Compat, request: PutRequest) -> dict[str, str]:
-    payload = request.payload
-    if compat.checksum == "md5":
-        return {"ContentMD5": base64.b64encode(bytes.fromhex(payload.md5)).decode("ascii")}
-    return {"ChecksumCRC32": base64.b64encode(payload.crc32.to_bytes(4, "big")).decode("ascii")}
+def _info(uri: str, answer: Mapping[str, Any]) -> ObjectInfo:
+    modified_at: datetime | None = answer.get("LastModified")
+    return ObjectInfo(
+        uri=uri,
+        size=int(answer["ContentLength"]),
+        metadata=decode_metadata(answer.get("Metadata", {})),
+        content_type=answer.get("ContentType"),
+        modified_at=None if modified_at is None else modified_at.astimezone(timezone.utc),
+        etag=answer.get("ETag"),
+    )
+
+
+def _misses_source(exc: ClientError, request: CopyRequest) -> bool:
+    """Tell whether a copy failed because there is nothing to copy."""
+    answer: Mapping[str, Any] = exc.response
+    error: Mapping[str, Any] = answer.get("Error", {})
+    if error.get("Code") == "NoSuchBucket":  # either one; the answer names it, on AWS at least
+        source_bucket, _ = split_s3_uri(request.source_uri)
+        bucket, _ = split_s3_uri(request.uri)
+        return bool(bucket != source_bucket == error.get("BucketName"))
+    return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == _NOT_FOUND)
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
+
+
+def _md5(body: bytes) -> bytes:
+    return hashlib.md5(body, usedforsecurity=False).digest()
 
 
 def _no_expect(params: dict[str, Any], **_: Any) -> None:
@@ -507,10 +653,13 @@ def _no_expect(params: dict[str, Any], **_: Any) -> None:
 
 
 def _content_md5(params: dict[str, Any], **_: Any) -> None:
-    body = params["body"]
-    digest = hashlib.md5(body, usedforsecurity=False).digest()
-    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode("ascii")
+    params["headers"]["Content-MD5"] = _base64(_md5(params["body"]))
     params["context"].pop("checksum", None)  # or botocore adds its CRC32 as well
+
+
+def _presign_with_v4(signature_version: Any, **_: Any) -> str | None:
+    # botocore presigns with SigV2 in the regions that once knew it, which their new buckets refuse
+    return "s3v4-query" if signature_version in {"v4-query", "s3v4-query"} else None
 
 
 # Clients whose server refused DeleteObjects: remembered for as long as the client lives.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from .._blob import Blob
 from ..errors import StoreError
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ async def assert_consistent(
     Args:
         store: open.
         engine: of the database.
-        columns: every column that holds URIs, such as ``[Task.html, Task.image]``.
+        columns: every column that holds URIs, such as ``[Task.html, Task.image]``; of managed
+            columns (`BlobType`) and of strings alike.
         orphans: URIs that are expected without a row: exactly these.
 
     Returns:
@@ -43,7 +45,7 @@ async def assert_consistent(
     async with engine.connect() as connection:
         for column in columns:
             found = await connection.scalars(select(column).where(column.is_not(None)))
-            named.extend(found.all())
+            named.extend(value.uri if isinstance(value, Blob) else value for value in found)
     twice = sorted({uri for uri in named if named.count(uri) > 1})
     _fail_if(twice, "named by two cells")
     contents: dict[str, bytes] = {}

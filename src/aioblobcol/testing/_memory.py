@@ -1,18 +1,33 @@
 """An object store in memory that is as unreliable as you ask it to be.
 
-It behaves like the worst server that the design allows for: a PUT that is cancelled, or whose
-answer is lost, may still take effect later (``land_late``).
+It behaves like the worst server that the design allows for: a PUT or a copy that is cancelled,
+or whose answer is lost, may still take effect later (``land_late``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, urlencode
 
-from .._store._base import DeleteReport, ObjectInfo, PutRequest, Runtime, is_owned, owned_uris
+from .._store._base import (
+    DESCRIBING_ARGUMENTS,
+    CopyRequest,
+    DeleteReport,
+    ObjectInfo,
+    ObjectReader,
+    PutRequest,
+    Runtime,
+    is_owned,
+    owned_uris,
+)
 from .._store._metadata import decode_metadata
+from .._store._presign import content_disposition, expiry_seconds
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
     BlobNotFoundError,
@@ -26,13 +41,17 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-Operation = Literal["put", "get", "head", "delete"]
+Operation = Literal["put", "copy", "get", "head", "presign", "delete"]
 Stage = Literal["before", "after"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """A moment of one request: ``before`` it takes effect, or ``after``, with no answer yet."""
+    """A moment of one request: ``before`` it takes effect, or ``after``, with no answer yet.
+
+    A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``after`` comes
+    when its last chunk was read.
+    """
 
     operation: Operation
     stage: Stage
@@ -89,7 +108,7 @@ class MemoryStore:
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         self.hooks: list[Hook] = []
         self.refuses: dict[str, str] = {}
-        self._late: list[tuple[PutRequest, StoredObject]] = []
+        self._late: list[tuple[str, StoredObject]] = []
         self._max_concurrency = max_concurrency
         self._drain_seconds = drain_seconds
         self._runtime: Runtime | None = None
@@ -181,10 +200,12 @@ class MemoryStore:
         return gate
 
     def land_late(self) -> list[str]:
-        """Let every PUT that was cancelled or unanswered take effect now; return their URIs."""
-        landed = [request.uri for request, _ in self._late]
-        for request, stored in self._late:
-            self.objects[request.uri] = stored
+        """Let all that was cancelled or unanswered take effect now, and return the URIs.
+
+        PUTs and copies; a copy has the bytes that its source held when it was asked for.
+        """
+        landed = [uri for uri, _ in self._late]
+        self.objects.update(self._late)
         self._late.clear()
         return landed
 
@@ -200,18 +221,17 @@ class MemoryStore:
         """Store one object."""
         self._note("put", [request.uri])
         stored = StoredObject(request.payload.body, dict(request.metadata), dict(request.arguments))
-        try:
-            await self._step("put", "before", request.uri)
-        except StoreError as exc:
-            if exc.may_have_taken_effect:
-                self._late.append((request, stored))
-            raise
-        except asyncio.CancelledError:
-            self._late.append((request, stored))  # the bytes are on their way
-            raise
-        self.objects[request.uri] = stored
-        await self._step("put", "after", request.uri)
-        return True
+        return await self._store("put", request.uri, stored)
+
+    async def copy(self, request: CopyRequest) -> bool:
+        """Copy one object, as it is at this moment; see `Store.copy` for what it takes over."""
+        self._note("copy", [request.uri])
+        source = self.objects.get(request.source_uri)
+        if source is None:
+            await self._step("copy", "before", request.uri)
+            raise BlobNotFoundError("copy", request.source_uri, "NoSuchKey")
+        stored = StoredObject(source.body, source.metadata, _copied_arguments(source, request))
+        return await self._store("copy", request.uri, stored)
 
     async def get(self, uri: str) -> bytes:
         """Read one object."""
@@ -221,13 +241,46 @@ class MemoryStore:
         await self._step("get", "after", uri)
         return stored.body
 
+    @contextlib.asynccontextmanager
+    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
+        """Read one object chunk by chunk, as it is at this moment."""
+        self._note("get", [uri])
+        await self._step("get", "before", uri)
+        stored = self._found("get", uri)
+        body = io.BytesIO(stored.body)
+
+        async def read_chunk(size: int) -> bytes:
+            chunk = body.read(size)
+            if not chunk:
+                await self._step("get", "after", uri)
+            return chunk
+
+        reader = ObjectReader(_info(uri, stored), read_chunk)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object."""
         self._note("head", [uri])
         await self._step("head", "before", uri)
         stored = self._found("head", uri)
         await self._step("head", "after", uri)
-        return ObjectInfo(uri, len(stored.body), decode_metadata(stored.metadata))
+        return _info(uri, stored)
+
+    async def presign(
+        self, uri: str, *, expires_in: timedelta, download_as: str | None = None
+    ) -> str:
+        """Return ``memory://...`` with the same arguments. Nothing answers under such a URL."""
+        seconds = expiry_seconds(expires_in)
+        query = {"expires_in": str(seconds)}
+        if download_as is not None:
+            query["response-content-disposition"] = content_disposition(download_as)
+        self._note("presign", [uri])
+        await self._step("presign", "before", uri)
+        await self._step("presign", "after", uri)
+        return f"memory://{quote(uri.removeprefix('s3://'))}?{urlencode(query)}"
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects; what ``refuses`` names, or a hook fails, is reported."""
@@ -256,6 +309,22 @@ class MemoryStore:
             if is_owned(self, uri):
                 yield uri
 
+    async def _store(
+        self, operation: Literal["put", "copy"], uri: str, stored: StoredObject
+    ) -> bool:
+        try:
+            await self._step(operation, "before", uri)
+        except StoreError as exc:
+            if exc.may_have_taken_effect:
+                self._late.append((uri, stored))
+            raise
+        except asyncio.CancelledError:
+            self._late.append((uri, stored))  # the request is on its way
+            raise
+        self.objects[uri] = stored
+        await self._step(operation, "after", uri)
+        return True
+
     def _note(self, operation: str, uris: Sequence[str]) -> None:
         self.runtime  # noqa: B018 - raises when closed
         self.calls.append((operation, tuple(uris)))
@@ -272,3 +341,24 @@ class MemoryStore:
             waiting = hook(Step(operation, stage, uri))
             if waiting is not None:
                 await waiting
+
+
+def _info(uri: str, stored: StoredObject) -> ObjectInfo:
+    return ObjectInfo(
+        uri,
+        len(stored.body),
+        decode_metadata(stored.metadata),
+        content_type=stored.arguments.get("ContentType"),
+    )
+
+
+def _copied_arguments(source: StoredObject, request: CopyRequest) -> dict[str, Any]:
+    taken_over = {*DESCRIBING_ARGUMENTS, "Tagging"}
+    return {
+        **{name: value for name, value in source.arguments.items() if name in taken_over},
+        **{
+            name: value
+            for name, value in request.arguments.items()
+            if name not in DESCRIBING_ARGUMENTS
+        },
+    }

@@ -1,0 +1,486 @@
+"""``Blob``: the value of a managed column, first to be uploaded and then stored.
+
+One class for both, because it stays in the attribute: the session uploads it, the row gets its
+URI, and when the transaction is rolled back it is to be uploaded again, under a fresh key. Knows
+stores and nothing of SQLAlchemy; what the session does to a blob is in the methods with a
+leading underscore. Invariants: a blob that has a URI has exactly one, that of its own object; it
+is admitted into a statement only by the session that uploaded it, for the cell it was meant for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import mimetypes
+import re
+from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ._sources import AsyncReadable, BlobSource, check_source, has_async_read, read_payload
+from ._store._metadata import encode_metadata
+from ._uri import split_s3_uri
+from .errors import (
+    BlobNotUploadedError,
+    BlobUnboundError,
+    InvalidInputError,
+    InvalidPutArgumentsError,
+    InvalidSourceError,
+    UnsafeTransactionError,
+)
+
+if TYPE_CHECKING:
+    from ._store._base import ObjectInfo, ObjectReader, Store
+
+PRESIGNED_FOR = timedelta(minutes=15)
+
+_CONTENT_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(?: *;[ -~]*)?", re.ASCII)
+_OWN_METADATA = frozenset({"filename", "sha256"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlobFacts:
+    """What is known of a stored object without asking for it; None where it is not."""
+
+    size: int | None = None
+    content_type: str | None = None
+    sha256: str | None = None
+    filename: str | None = None
+
+
+class Owner(Protocol):
+    """The transaction that has uploaded a blob and not ended yet."""
+
+    def sends(self, blob: Blob) -> None:
+        """A statement that names the blob is on its way."""
+
+
+class ReadOnce:
+    """A source that can be read only once, and is kept once it was."""
+
+    __slots__ = ("_body", "_lock", "_source")
+
+    def __init__(self, source: AsyncReadable) -> None:
+        self._source: AsyncReadable | None = source
+        self._body: bytes | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def size(self) -> int | None:
+        """Length in bytes; before it is read, what the source itself says (`UploadFile.size`)."""
+        if self._body is not None:
+            return len(self._body)
+        size = getattr(self._source, "size", None)
+        return size if isinstance(size, int) else None
+
+    def __reduce__(self) -> Any:
+        if self._body is None:
+            raise TypeError("this upload was not read yet: pickle Blob(await upload.read())")
+        return bytes, (self._body,)
+
+    async def body(self, column: str, *, max_bytes: int | None) -> bytes:
+        """Return the bytes, read from where the source stands the first time.
+
+        Raises:
+            InvalidSourceError: reading it failed before, or now; what was read is lost.
+        """
+        async with self._lock:  # copies of one blob share it
+            if self._body is None:
+                source, self._source = self._source, None
+                if source is None:  # the rest of it must not pass for the whole
+                    raise InvalidSourceError(
+                        f"column {column!r}: this upload was read in part by an attempt that "
+                        "failed; make another Blob"
+                    )
+                payload = await read_payload(column, source, with_md5=False, max_bytes=max_bytes)
+                self._body = payload.body
+        return self._body
+
+
+class Blob:
+    """Bytes to be uploaded by the session's flush, or an object that is stored already.
+
+    ::
+
+        task.html = Blob(b"<html>", content_type="text/html")
+        task.image = Blob(Path("cat.png"))
+        task.image = None                       # the object goes after the commit
+        data = await task.html.read()           # of a row that was loaded
+
+    A stored blob belongs to the cell (row and column) that it was read from. Assigned to
+    another one, or back to its own after it was replaced, it is copied by the server to a fresh
+    key when the session is flushed; the same holds for one pending blob that is assigned twice.
+    Two stored blobs are equal if their URIs are; a pending one equals only itself.
+
+    A loaded blob knows its store: the session binds it by the column's store name when it
+    loads the row, and it can be read after the session is closed. One that came another way (a
+    plain session, ``select(Task.html)``, a pickle, `from_uri`) is read with `open_blob`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_admitted_by",
+        "_cell",
+        "_content_type",
+        "_copy_of",
+        "_facts",
+        "_filename",
+        "_metadata",
+        "_owner",
+        "_source",
+        "_store",
+        "_store_name",
+        "_uri",
+    )
+    __hash__ = None  # type: ignore[assignment]  # equality changes with the state
+
+    def __init__(
+        self,
+        source: BlobSource | AsyncReadable,
+        *,
+        content_type: str | None = None,
+        filename: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take bytes to be uploaded later; nothing is read or sent now.
+
+        Args:
+            source: bytes, bytearray, memoryview, the `pathlib.Path` of a file, or an object
+                with an async ``read`` (an ``UploadFile``), whose content type and file name
+                are taken over. What can be read only once is kept in memory until the commit,
+                so that it can be uploaded again after a rollback.
+            content_type: such as ``image/png``; else the column's, else guessed from the file
+                name, else ``application/octet-stream``.
+            filename: the user's name for it; goes into the object's metadata, never into its
+                key. By default that of a path or an upload.
+            metadata: more of the object's metadata, 2 KiB in all; not the library's own
+                ``filename`` and ``sha256``.
+
+        Raises:
+            InvalidSourceError: nothing that has bytes.
+            InvalidInputError: an unusable content type, file name or metadata.
+        """
+        if isinstance(source, Blob):
+            raise InvalidSourceError("this is a Blob already; blob.copy() makes another one")
+        self._source: BlobSource | ReadOnce | None
+        if has_async_read(source):
+            self._source = ReadOnce(source)
+            filename = filename or _text_of(source, "filename")
+            content_type = content_type or _text_of(source, "content_type")
+        else:
+            check_source(source, column="Blob")
+            self._source = source  # type: ignore[assignment]  # just checked
+            if filename is None and isinstance(source, Path):
+                filename = source.name
+        self._copy_of: Blob | None = None
+        self._content_type = checked_content_type(content_type)
+        self._filename = filename
+        self._metadata = dict(metadata or {})
+        own = [name for name in self._metadata if str(name).lower() in _OWN_METADATA]
+        if own:
+            raise InvalidPutArgumentsError(f"metadata: {', '.join(own)} is set by the library")
+        object_metadata(self._metadata, filename=filename, sha256="0" * 64)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Become pending (again): whatever was uploaded is not this blob's any more."""
+        self._uri: str | None = None
+        self._facts = BlobFacts()
+        self._store: Store | None = None
+        self._store_name: str | None = None
+        self._owner: Owner | None = None
+        self._admitted_by: Owner | None = None
+        self._cell: object = None
+
+    @classmethod
+    def _stored(cls, uri: str, facts: BlobFacts, *, store_name: str | None = None) -> Blob:
+        blob = cls.__new__(cls)
+        blob._source = blob._copy_of = blob._content_type = blob._filename = None
+        blob._metadata = {}
+        blob._reset()
+        blob._uri, blob._facts, blob._store_name = uri, facts, store_name
+        return blob
+
+    @classmethod
+    def from_uri(cls, uri: str, *, store: Store | None = None) -> Blob:
+        """Return a stored blob for a URI that your own code vouches for, never a client's.
+
+        Assigned to a column it is copied, like every stored blob.
+
+        Args:
+            uri: ``s3://bucket/key``.
+            store: to read it from.
+
+        Raises:
+            InvalidS3UriError: not an S3 URI.
+        """
+        split_s3_uri(uri)
+        blob = cls._stored(uri, BlobFacts())
+        blob._store = store
+        return blob
+
+    # --- what it is
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it has an object, and so a URI: of a row, or uploaded by a running session."""
+        return self._uri is not None
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/key``.
+
+        Raises:
+            BlobNotUploadedError: it gets one when the session is flushed.
+        """
+        if self._uri is None:
+            raise BlobNotUploadedError(
+                "this Blob is not uploaded yet and has no URI: add its row to a session and "
+                "flush or commit it. (After a rollback it waits to be uploaded again.)"
+            )
+        return self._uri
+
+    @property
+    def size(self) -> int | None:
+        """Length in bytes; None of a file, and of a row with a plain URI (ask `stat`)."""
+        if self._uri is not None:
+            return self._facts.size
+        if self._copy_of is not None:
+            return self._copy_of.size
+        source = self._source
+        if isinstance(source, ReadOnce):
+            return source.size
+        return None if isinstance(source, Path) else memoryview(source or b"").nbytes
+
+    @property
+    def content_type(self) -> str | None:
+        """What it was given, or what the row tells; None if neither does (ask `stat`)."""
+        if self._uri is None and self._copy_of is not None:
+            return self._copy_of.content_type
+        return self._facts.content_type or self._content_type
+
+    @property
+    def filename(self) -> str | None:
+        """What it was given, or what the row tells; None if neither does (ask `stat`)."""
+        if self._uri is None and self._copy_of is not None:
+            return self._copy_of.filename
+        return self._facts.filename or self._filename
+
+    @property
+    def sha256(self) -> str | None:
+        """Of its bytes, in hexadecimal, as they were uploaded; None if the row does not tell."""
+        return self._facts.sha256
+
+    # --- what it does
+
+    async def read(self) -> bytes:
+        """Return the whole object.
+
+        Raises:
+            BlobNotUploadedError: there is none yet.
+            BlobUnboundError: it does not know its store.
+            BlobNotFoundError: it is gone: the row was replaced or deleted since.
+            StoreError: it could not be read.
+        """
+        return await self._bound().get(self.uri)
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[ObjectReader]:
+        """Stream the object: ``async with blob.open() as body: async for chunk in body: ...``.
+
+        Leaving the block early closes the connection. Errors are those of `read`.
+        """
+        async with self._bound().open(self.uri) as body:
+            yield body
+
+    async def stat(self) -> ObjectInfo:
+        """Ask S3 about the object: size, content type, metadata (one HEAD).
+
+        Errors are those of `read`.
+        """
+        return await self._bound().head(self.uri)
+
+    async def presigned_url(
+        self, *, expires_in: timedelta = PRESIGNED_FOR, download_as: str | None = None
+    ) -> str:
+        """Return a URL with which whoever has it can read the object for a while.
+
+        It is a key: do not log it.
+
+        Args:
+            expires_in: a second at least, seven days at most.
+            download_as: make a browser save it under this name.
+
+        Raises:
+            BlobNotUploadedError, BlobUnboundError: as `read`.
+            InvalidInputError: an unusable time.
+        """
+        return await self._bound().presign(self.uri, expires_in=expires_in, download_as=download_as)
+
+    def copy(self) -> Blob:
+        """Return a pending blob with the same contents; nothing is read or sent now.
+
+        Of a stored blob the server makes the copy when the session is flushed, and the
+        transaction owns it like an upload.
+        """
+        blob = Blob.__new__(Blob)
+        blob._source, blob._copy_of = self._source, self._copy_of
+        if self._source is None and self._copy_of is None:
+            blob._copy_of = self
+        blob._content_type, blob._filename = self._content_type, self._filename
+        blob._metadata = dict(self._metadata)
+        blob._reset()
+        return blob
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Blob):
+            return NotImplemented
+        return self is other or (self._uri is not None and self._uri == other._uri)
+
+    def __repr__(self) -> str:
+        if self._uri is not None:
+            what = [self._uri]
+        elif self._copy_of is not None:
+            what = [f"pending copy of {self._copy_of._uri}"]
+        else:
+            name = str(self._source) if isinstance(self._source, Path) else ""
+            what = ["pending" + (f" {name}" if name else "")]
+        if self.size is not None:
+            what.append(f"{self.size} bytes")
+        what += [text for text in (self.content_type, self.filename) if text]
+        return f"<Blob {', '.join(what)}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle what it is, not the store and not the transaction that it is in."""
+        if self._uri is not None:
+            return {"uri": self._uri, "facts": self._facts, "store_name": self._store_name}
+        source = self._source
+        return {
+            "source": bytes(source) if isinstance(source, memoryview) else source,
+            "copy_of": self._copy_of,
+            "content_type": self._content_type,
+            "filename": self._filename,
+            "metadata": self._metadata,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._source, self._copy_of = state.get("source"), state.get("copy_of")
+        self._content_type, self._filename = state.get("content_type"), state.get("filename")
+        self._metadata = state.get("metadata", {})
+        self._reset()
+        if "uri" in state:
+            self._uri, self._facts = state["uri"], state["facts"]
+            self._store_name = state["store_name"]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> Any:
+        from ._pydantic import blob_schema  # noqa: PLC0415 - only where pydantic is
+
+        return blob_schema()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: Any, handler: Any) -> dict[str, Any]:
+        from ._pydantic import blob_json_schema  # noqa: PLC0415 - only where pydantic is
+
+        return blob_json_schema(handler.mode)
+
+    # --- what the session does to it
+
+    def _was_uploaded(self, uri: str, facts: BlobFacts, *, store: Store, owner: Owner) -> None:
+        self._uri, self._facts, self._store, self._owner = uri, facts, store, owner
+
+    def _is_settled(self) -> None:
+        """The row that names it is committed: what it was made of is not needed any more."""
+        self._source = self._copy_of = self._owner = self._admitted_by = None
+
+    def _uri_for_statement(self) -> str:
+        """Return the URI for a row, if its session has admitted it into this statement."""
+        if self._uri is None:
+            raise BlobNotUploadedError(
+                "a Blob was sent to the database before it was uploaded: this session does not "
+                "upload (make it with blob_sessionmaker() or track_blobs()), or the statement is "
+                "one that the session does not see (Core on the table, an upsert, a bulk method "
+                "of the legacy kind, an event that assigned it after the uploads)"
+            )
+        if self._admitted_by is None:
+            raise UnsafeTransactionError(
+                f"{self._uri} belongs to the cell that it was read from, and another one would "
+                "share its object: assign blob.copy() to the attribute of a mapped object"
+            )
+        self._admitted_by.sends(self)
+        return self._uri
+
+    def _bind(self, stores: Mapping[str, Store]) -> None:
+        """Learn where it is read, of a session's stores."""
+        if self._uri is not None and self._store is None and self._store_name is not None:
+            self._store = stores.get(self._store_name)
+
+    def _bound(self) -> Store:
+        self.uri  # noqa: B018 - raises when it is pending
+        if self._store is None:
+            raise BlobUnboundError(
+                f"{self!r} does not know its store: it was not loaded as an attribute of a mapped "
+                "object by a session of blob_sessionmaker() or track_blobs(). Read it with "
+                "`async with open_blob(store, blob) as body:`"
+            )
+        return self._store
+
+
+@contextlib.asynccontextmanager
+async def open_blob(store: Store, blob: Blob | str) -> AsyncIterator[ObjectReader]:
+    """Stream an object from *store*: for blobs that do not know their own, and for plain URIs.
+
+    ::
+
+        async with open_blob(store, task.html) as body:
+            async for chunk in body: ...
+
+    Args:
+        store: open.
+        blob: stored, or an ``s3://bucket/key``.
+
+    Raises:
+        BlobNotUploadedError: the blob is pending.
+        InvalidS3UriError: not an S3 URI.
+        BlobNotFoundError, StoreError: on entering or while reading.
+    """
+    async with store.open(blob.uri if isinstance(blob, Blob) else blob) as body:
+        yield body
+
+
+def guess_content_type(filename: str | None) -> str | None:
+    """Guess from the ending of a file's name."""
+    return mimetypes.guess_type(filename)[0] if filename else None
+
+
+def checked_content_type(content_type: str | None) -> str | None:
+    """Return it if it can be one.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    if content_type is None:
+        return None
+    if not isinstance(content_type, str) or not _CONTENT_TYPE.fullmatch(content_type):
+        raise InvalidInputError(f"not a content type, such as image/png: {content_type!r}")
+    return content_type
+
+
+def object_metadata(
+    metadata: Mapping[str, str], *, filename: str | None, sha256: str
+) -> dict[str, str]:
+    """Add the library's own to *metadata*, and return all as it stands in the headers.
+
+    Raises:
+        InvalidPutArgumentsError: unusable, or too much.
+    """
+    named = {} if filename is None else {"filename": filename}
+    return encode_metadata({**metadata, **named, "sha256": sha256})
+
+
+def _text_of(source: object, name: str) -> str | None:
+    """Return what an upload says about itself; its client may have said anything, or nothing."""
+    text = getattr(source, name, None)
+    return text if isinstance(text, str) and text else None

@@ -1,0 +1,140 @@
+"""The frames: which objects a transaction of a managed session created and superseded.
+
+Pure bookkeeping, one instance for each root transaction. A frame stands for a savepoint as the
+database knows it: opened, released and rolled back when the database has answered SAVEPOINT,
+RELEASE or ROLLBACK TO, whoever sent them. `_ledger` judges how the root ended and keeps the
+books of the explicit strength, which has to find out from statements what is said here.
+
+Invariants: a URI is recorded before its upload starts; a superseded URI is released only by the
+root's certain commit; an unknown outcome releases nothing but what certainly no row names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from ._ledger import Settlement
+from .errors import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclasses.dataclass(slots=True)
+class _Frame:
+    name: str
+    written: dict[str, None] = dataclasses.field(default_factory=dict)
+    superseded: dict[str, None] = dataclasses.field(default_factory=dict)
+
+
+class Frames:
+    """The books of one root transaction."""
+
+    def __init__(self) -> None:
+        self._created: dict[str, None] = {}
+        self._frames = [_Frame("")]
+        self._kept: set[str] = set()
+
+    @property
+    def created(self) -> tuple[str, ...]:
+        """Every object that was made, or attempted, in this transaction."""
+        return tuple(self._created)
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Every new object that a statement has put into a row, or is about to."""
+        return frozenset(uri for frame in self._frames for uri in frame.written)
+
+    @property
+    def superseded(self) -> frozenset[str]:
+        """Every object that a row of this transaction has let go."""
+        return frozenset(uri for frame in self._frames for uri in frame.superseded)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is at stake."""
+        return not self._created and not any(frame.superseded for frame in self._frames)
+
+    @property
+    def depth(self) -> int:
+        """How many savepoints are open, and the root."""
+        return len(self._frames)
+
+    # --- what happened
+
+    def create(self, uri: str) -> None:
+        """Record a new object, before its upload starts."""
+        self._created[uri] = None
+
+    def forget(self, uri: str) -> None:
+        """The upload failed and was undone."""
+        self._created.pop(uri, None)
+
+    def write(self, uri: str) -> None:
+        """A statement that puts a new object into a row is about to be sent."""
+        self._frames[-1].written[uri] = None
+
+    def withdraw(self, uris: Iterable[str]) -> None:
+        """The statement that was to write these was not sent after all."""
+        for uri in uris:
+            self._frames[-1].written.pop(uri, None)
+
+    def supersede(self, uri: str) -> None:
+        """A row has let an object go: it was read before and after the statement."""
+        self._frames[-1].superseded[uri] = None
+
+    def keep(self, uris: Iterable[str]) -> None:
+        """Another row may name these: they are not deleted as superseded, come what may."""
+        self._kept.update(uris)
+
+    # --- savepoints, by the names of the database
+
+    def savepoint(self, name: str) -> None:
+        """Open a savepoint."""
+        self._frames.append(_Frame(name))
+
+    def release(self, name: str) -> None:
+        """Hand what a savepoint did to what is around it."""
+        depth = self._depth(name)
+        while depth is not None and len(self._frames) > depth:
+            inner = self._frames.pop()
+            self._frames[-1].written |= inner.written
+            self._frames[-1].superseded |= inner.superseded
+
+    def roll_back_to(self, name: str) -> tuple[str, ...]:
+        """Undo what a savepoint did, and return the new objects that no row names any more.
+
+        It stays open, as in SQL. One that was set before these books were opened undoes all.
+        """
+        depth = self._depth(name)
+        undone = self._frames[depth or 0 :]
+        self._frames = self._frames[: depth or 0]
+        self._frames.append(_Frame(name if depth else ""))
+        left = {uri for frame in self._frames for uri in frame.written}
+        return tuple(uri for frame in undone for uri in frame.written if uri not in left)
+
+    def _depth(self, name: str) -> int | None:
+        for depth in range(len(self._frames) - 1, 0, -1):
+            if self._frames[depth].name == name:
+                return depth
+        return None
+
+    # --- the verdict
+
+    def settle(self, outcome: Outcome) -> Settlement:
+        """Say what may be deleted now that the root transaction has ended."""
+        written = {uri: None for frame in self._frames for uri in frame.written}
+        superseded = {uri: None for frame in self._frames for uri in frame.superseded}
+        if outcome is Outcome.ROLLED_BACK:
+            return Settlement(tuple(self._created), (), (), ())
+        unwritten = tuple(uri for uri in self._created if uri not in written)
+        if outcome is Outcome.UNKNOWN:
+            return Settlement(unwritten, (), tuple(written), tuple(superseded))
+        return Settlement(
+            compensate=unwritten,
+            supersede=tuple(uri for uri in superseded if uri not in self._kept),
+            undecided_created=(),
+            undecided_superseded=(),
+            kept=tuple(uri for uri in superseded if uri in self._kept),
+        )
