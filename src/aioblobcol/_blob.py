@@ -401,8 +401,9 @@ class Blob:
             raise BlobNotUploadedError(
                 "a Blob was sent to the database before it was uploaded: this session does not "
                 "upload (make it with blob_sessionmaker() or track_blobs()), or the statement is "
-                "one that the session does not see (Core on the table, an upsert, a bulk method "
-                "of the legacy kind, an event that assigned it after the uploads)"
+                "one in which the session does not see it (Core on the table, an upsert, a bulk "
+                "method of the legacy kind, a bindparam() or an expression in a bulk statement, "
+                "an event that assigned it after the uploads)"
             )
         if self._admitted_by is None:
             raise UnsafeTransactionError(

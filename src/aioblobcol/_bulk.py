@@ -18,11 +18,11 @@ from sqlalchemy import Insert
 from sqlalchemy.exc import DBAPIError
 
 from ._blob import Blob
-from ._column import BlobAttribute, blob_attributes
-from ._keeper import Keeper, Unit, keeper_of
+from ._column import BlobAttribute, blob_attributes, row_attributes
+from ._keeper import Keeper, Unit, is_flushing, keeper_of
 from ._placing import Placement, store_of
 from ._rows import Rows
-from ._session import uris_claimed
+from ._uri import UploadedUri
 from .errors import (
     BlobSharedError,
     TransactionAbortedError,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper, ORMExecuteState
     from sqlalchemy.sql.compiler import SQLCompiler
 
+# otherwise nobody counts if SQLAlchemy adds a RETURNING of its own
+_COUNTED = {"preserve_rowcount": True}
 _SEVERAL_VALUES = re.compile(r"_m\d+\Z")
 
 ROWS_ADDED = (
@@ -45,6 +47,10 @@ FAILED = (
     "a bulk statement failed half-way, and nobody knows which of its rows it has changed: put it "
     "into `async with session.begin_nested():`, or let the error through"
 )
+KEYS_CHANGED = (
+    "a bulk UPDATE changed primary keys and managed columns at once, so that its rows cannot be "
+    "told apart: do it in two statements, or load the objects. Roll the transaction back"
+)
 SELECT_REFUSED = (
     "INSERT .. SELECT would put the object of one row into another one: load the rows and assign "
     "blob.copy()"
@@ -54,9 +60,9 @@ SELECT_REFUSED = (
 def on_orm_execute(execute: ORMExecuteState) -> Result[Any] | None:
     """Carry a bulk statement on a class with managed columns out; leave any other alone."""
     keeper, mapper = keeper_of(execute.session), execute.bind_mapper
-    if keeper is None or mapper is None or not blob_attributes(mapper):
+    if keeper is None or mapper is None or execute.is_select or not row_attributes(mapper):
         return None
-    if execute.session.autoflush and not execute.is_select:
+    if execute.session.autoflush and not is_flushing(execute.session):
         execute.session.flush()  # now: a flush in the middle of what follows would be another one
     if execute.is_insert:
         return _Bulk(keeper, execute, mapper).insert()
@@ -73,8 +79,11 @@ class _Bulk:
         self._execute = execute
         self._mapper = mapper
         self._session = execute.session
+        # select(..).from_statement(update(..)) wraps it
+        self._statement: Any = getattr(execute.statement, "element", execute.statement)
         self._attributes = blob_attributes(mapper)
         self._placements: list[Placement] = []
+        self._assigned: set[str] = set()  # of the explicit strength
         parameters = execute.parameters
         self._is_list = isinstance(parameters, Sequence)
         rows: Any = parameters if self._is_list else [parameters or {}]
@@ -82,12 +91,12 @@ class _Bulk:
 
     def insert(self) -> Result[Any] | None:
         """Upload the blobs of all rows at once, and insert them."""
-        statement = self._execute.statement
+        statement = self._statement
         assert isinstance(statement, Insert)
         self._place_rows()
         if not self._execute.parameters:
             compiled = self._compile()
-            if statement.select is not None and self._names_a_blob_column(str(compiled)):
+            if statement.select is not None and self._names_a_blob_column(compiled):
                 raise UnsafeTransactionError(SELECT_REFUSED)
             self._place_values(compiled)
         if not self._placements:
@@ -96,7 +105,7 @@ class _Bulk:
         try:
             return self._invoke(unit)
         finally:
-            unit.dismiss()
+            unit.dismiss(self._placed)
 
     def change(self) -> Result[Any] | None:
         """Upload, lock and read the rows, send the statement, and read the rows again."""
@@ -108,17 +117,17 @@ class _Bulk:
             if compiled is not None:
                 self._place_values(compiled)
         unit = self._begin()
+        rows = Rows(self._statement, self._execute.execution_options)
         try:
-            unit.rows = Rows()
-            self._lock(unit.rows)
-            self._check_single(unit.rows)
+            self._lock(rows)
             if self._execute.is_delete:
-                unit.rows.expect_all_deleted()
+                rows.expect_all_deleted(self._mapper.local_table)
             with unit.watch.copies_are_seen():
                 result = self._invoke(unit)
-            self._look_again(unit, unit.rows, result)
+            result, changed = _count(result)
+            self._look_again(unit, rows, changed)
         finally:
-            unit.dismiss()
+            unit.dismiss(self._placed)
         return result
 
     # --- what it carries
@@ -127,6 +136,8 @@ class _Bulk:
         for row in self._rows:
             for attribute in self._attributes:
                 blob = row.get(attribute.key)
+                if isinstance(blob, UploadedUri):
+                    self._assigned.add(blob)
                 if isinstance(blob, Blob):
                     row[attribute.key] = self._place(blob, attribute, row)
 
@@ -135,7 +146,12 @@ class _Bulk:
         names = {}
         for attribute in self._attributes:
             names[attribute.column.key] = names[attribute.column.name] = attribute
-        for name, value in compiled.params.items():
+        # some characters cannot stand in the name of a parameter
+        escaped = {to: name for name, to in (compiled.escaped_bind_names or {}).items()}
+        for bound, value in compiled.params.items():
+            if isinstance(value, UploadedUri):
+                self._assigned.add(value)
+            name = escaped.get(bound, bound)
             target = names.get(name) or names.get(_SEVERAL_VALUES.sub("", name))
             is_new = isinstance(value, Blob) and not value.is_stored and value._cell is None
             if target is not None and is_new:
@@ -153,7 +169,6 @@ class _Bulk:
         unit = self._keeper.open_unit(self._session)
         try:
             unit.check(self._session)
-            unit.dismiss()
             unit.upload(self._placements)
         except BaseException:
             for placement in self._placements:
@@ -168,7 +183,7 @@ class _Bulk:
             params = self._rows if self._is_list else self._rows[0]
         sent_before = unit.watch.sent
         try:
-            return self._execute.invoke_statement(params=params)
+            return self._execute.invoke_statement(params=params, execution_options=_COUNTED)
         except Exception as exc:
             is_undone = isinstance(exc, DBAPIError) and not (self._is_list or self._placements)
             if unit.watch.sent == sent_before:
@@ -185,7 +200,7 @@ class _Bulk:
             complete = [row for row in self._rows if names <= row.keys()]  # SQLAlchemy will say so
             rows.lock(self._session, self._mapper, map(self._identity, complete))
             return
-        condition = getattr(self._execute.statement, "whereclause", None)
+        condition = self._statement.whereclause
         for row in self._rows:
             rows.lock_where(self._session, self._mapper, condition, row)
 
@@ -197,59 +212,87 @@ class _Bulk:
     def _identity(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key_names)
 
-    def _check_single(self, rows: Rows) -> None:
-        if self._placements and not self._is_list and rows.count(self._mapper) > 1:
-            uris = [placement.uri for placement in self._placements]
-            for placement in self._placements:
-                placement.blob._reset()
-            raise BlobSharedError(uris)
-
-    def _look_again(self, unit: Unit, rows: Rows, result: Result[Any]) -> None:
+    def _look_again(self, unit: Unit, rows: Rows, changed: int) -> None:
         rows.read_again(self._session)
         self._keeper.supersede(unit, rows)
-        self._withdraw_unused(unit, rows, result)
-        shared = rows.shared({*unit.books.created, *uris_claimed(self._session)})
+        self._withdraw_unused(unit, rows, changed)
+        self._supersede_overwritten(unit, rows)
+        if self._execute.is_update and rows.vanished(self._mapper):
+            self._forbid(unit, UnsafeTransactionError(KEYS_CHANGED))
+        shared = rows.shared({*(each.uri for each in self._placements), *self._assigned})
         if shared:
             self._forbid(unit, BlobSharedError(shared))
-        changed = getattr(result, "rowcount", -1)
         if not self._is_list and changed > rows.count(self._mapper):
             self._forbid(unit, UnsafeTransactionError(ROWS_ADDED))
 
-    def _withdraw_unused(self, unit: Unit, rows: Rows, result: Result[Any]) -> None:
+    def _withdraw_unused(self, unit: Unit, rows: Rows, changed: int) -> None:
         """Take back what the statement wrote into no row, because it matched none."""
         if not self._is_list:
-            is_unused = getattr(result, "rowcount", -1) == 0
-            unused = self._placements if is_unused else []
+            unused = self._placements if changed == 0 else []
         else:
+            named = rows.named()  # a key may be written otherwise than it was asked for
             unused = [
                 placement
                 for placement in self._placements
-                if not rows.finds(self._mapper, self._identity(placement.subject))
+                if placement.uri not in named
+                and not rows.finds(self._mapper, self._identity(placement.subject))
             ]
         unit.books.withdraw(placement.uri for placement in unused)
         for placement in unused:
             placement.blob._reset()
 
+    def _supersede_overwritten(self, unit: Unit, rows: Rows) -> None:
+        """Find what a list has written into a cell for which it has another one later."""
+        if not (self._is_list and self._execute.is_update):
+            return
+        last: dict[tuple[Any, ...], Placement] = {}
+        named = rows.named()
+        for placement in self._placements:
+            cell = (placement.attribute, *self._identity(placement.subject))
+            earlier, last[cell] = last.get(cell), placement
+            if earlier is not None and earlier.uri not in named:
+                unit.supersede(earlier.uri, earlier.attribute, earlier.store)
+
     def _forbid(self, unit: Unit, error: TransactionError) -> NoReturn:
         unit.forbid_commit(error)
         raise error
+
+    @property
+    def _placed(self) -> list[Blob]:
+        return [placement.blob for placement in self._placements]
 
     # --- what its text tells
 
     def _compile(self) -> SQLCompiler:
         """Compile the statement to look at it; SQLAlchemy cannot, of one with a list of rows."""
-        bind = self._session.get_bind(mapper=self._mapper)
-        statement: Any = self._execute.statement
-        return cast("SQLCompiler", statement.compile(dialect=bind.dialect))
+        bind = self._session.get_bind(mapper=self._mapper, clause=self._statement)
+        return cast("SQLCompiler", self._statement.compile(dialect=bind.dialect))
 
     def _may_touch_blobs(self, compiled: SQLCompiler | None) -> bool:
         if compiled is None:
             return any(attribute.key in row for row in self._rows for attribute in self._attributes)
-        return self._names_a_blob_column(str(compiled))
+        return self._names_a_blob_column(compiled)
 
-    def _names_a_blob_column(self, text: str) -> bool:
+    def _names_a_blob_column(self, compiled: SQLCompiler) -> bool:
+        text = str(compiled)
         names = {attribute.column.name for attribute in self._attributes}
-        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names)
+        return any(
+            compiled.preparer.quote_identifier(name) in text
+            or re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+            for name in names
+        )
+
+
+def _count(result: Result[Any]) -> tuple[Result[Any], int]:
+    """Return how many rows a statement has changed, with the same result; -1 if nobody says.
+
+    With RETURNING some drivers tell only by what is returned, so it is fetched.
+    """
+    count: int = getattr(result, "rowcount", -1)
+    if count >= 0 or not getattr(result, "returns_rows", True):
+        return result, count
+    frozen = result.freeze()
+    return frozen(), sum(1 for _ in frozen())
 
 
 __all__ = ["on_orm_execute"]

@@ -257,6 +257,9 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
     """Return the managed attributes of a mapped class, those of its base classes included.
 
     Columns only: what an SQL expression (``column_property``) names is another row's.
+
+    Raises:
+        InvalidInputError: a column has an ``onupdate``.
     """
     known = _attributes.get(mapper)
     if known is None:
@@ -265,6 +268,26 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
             for prop in mapper.column_attrs
             if isinstance(prop.columns[0], Column) and isinstance(prop.columns[0].type, BlobType)
         )
+        for attribute in known:
+            if attribute.column.onupdate is not None:
+                del _attributes[mapper]
+                raise InvalidInputError(
+                    f"{attribute.column}: a managed column takes no onupdate, for nobody would "
+                    "see that the row lets its object go"
+                )
+    return known
+
+
+def row_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
+    """Return those that the rows of a mapped class may hold: also of subclasses in its tables."""
+    known = _row_attributes.get(mapper)
+    if known is None:
+        found = {each.column: each for each in blob_attributes(mapper)}
+        for descendant in mapper.self_and_descendants:
+            for each in blob_attributes(descendant):
+                if each.column.table in mapper.tables:
+                    found.setdefault(each.column, each)
+        known = _row_attributes[mapper] = tuple(found.values())
     return known
 
 
@@ -306,11 +329,15 @@ _FACTS = tuple(field.name for field in dataclasses.fields(BlobFacts))
 _attributes: weakref.WeakKeyDictionary[Mapper[Any], tuple[BlobAttribute, ...]] = (
     weakref.WeakKeyDictionary()
 )
+_row_attributes: weakref.WeakKeyDictionary[Mapper[Any], tuple[BlobAttribute, ...]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @event.listens_for(Mapper, "mapper_configured")
 def _instrument(mapper: Mapper[Any], mapped_class: type[Any]) -> None:
     """Watch what is assigned, and bind what is loaded."""
+    _row_attributes.clear()  # a subclass may come later than the first look
     own = [attribute for attribute in blob_attributes(mapper) if _is_own(mapper, attribute)]
     for attribute in own:
         instrumented = getattr(mapped_class, attribute.key)

@@ -20,18 +20,26 @@ from .errors import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .errors import TransactionError
+
 
 @dataclasses.dataclass(slots=True)
 class _Frame:
     name: str
     written: dict[str, None] = dataclasses.field(default_factory=dict)
     superseded: dict[str, None] = dataclasses.field(default_factory=dict)
+    poison: TransactionError | None = None
 
 
 class Frames:
-    """The books of one root transaction."""
+    """The books of one root transaction.
+
+    A savepoint's name is ``connection:name``. A session with several connections opens and ends
+    its savepoints on all of them, one after the other: what ends the first one's ends them all.
+    """
 
     def __init__(self) -> None:
+        self._ended_with_another: set[str] = set()
         self._created: dict[str, None] = {}
         self._frames = [_Frame("")]
         self._kept: set[str] = set()
@@ -57,9 +65,9 @@ class Frames:
         return not self._created and not any(frame.superseded for frame in self._frames)
 
     @property
-    def depth(self) -> int:
-        """How many savepoints are open, and the root."""
-        return len(self._frames)
+    def poison(self) -> TransactionError | None:
+        """What forbids COMMIT."""
+        return next((frame.poison for frame in self._frames if frame.poison is not None), None)
 
     # --- what happened
 
@@ -84,6 +92,10 @@ class Frames:
         """A row has let an object go: it was read before and after the statement."""
         self._frames[-1].superseded[uri] = None
 
+    def forbid_commit(self, error: TransactionError) -> None:
+        """Have COMMIT refused, unless the savepoint that it happened in is rolled back."""
+        self._frames[-1].poison = error
+
     def keep(self, uris: Iterable[str]) -> None:
         """Another row may name these: they are not deleted as superseded, come what may."""
         self._kept.update(uris)
@@ -92,6 +104,7 @@ class Frames:
 
     def savepoint(self, name: str) -> None:
         """Open a savepoint."""
+        self._ended_with_another.discard(name)
         self._frames.append(_Frame(name))
 
     def release(self, name: str) -> None:
@@ -101,18 +114,28 @@ class Frames:
             inner = self._frames.pop()
             self._frames[-1].written |= inner.written
             self._frames[-1].superseded |= inner.superseded
+            self._frames[-1].poison = self._frames[-1].poison or inner.poison
+            self._note_end(inner, of=name)
 
     def roll_back_to(self, name: str) -> tuple[str, ...]:
         """Undo what a savepoint did, and return the new objects that no row names any more.
 
         It stays open, as in SQL. One that was set before these books were opened undoes all.
         """
+        if name in self._ended_with_another:
+            return ()
         depth = self._depth(name)
         undone = self._frames[depth or 0 :]
+        for frame in undone:
+            self._note_end(frame, of=name)
         self._frames = self._frames[: depth or 0]
         self._frames.append(_Frame(name if depth else ""))
         left = {uri for frame in self._frames for uri in frame.written}
         return tuple(uri for frame in undone for uri in frame.written if uri not in left)
+
+    def _note_end(self, frame: _Frame, *, of: str) -> None:
+        if frame.name and frame.name.partition(":")[0] != of.partition(":")[0]:
+            self._ended_with_another.add(frame.name)
 
     def _depth(self, name: str) -> int | None:
         for depth in range(len(self._frames) - 1, 0, -1):

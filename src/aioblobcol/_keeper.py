@@ -40,12 +40,13 @@ from ._greenlet import MissingGreenlet, wait_for
 from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
-from ._session import check_level, follow, listen_to_session, uris_claimed
-from ._statements import copied_columns
+from ._session import check_level, follow, listen_to_session, note_copies, uris_claimed
+from ._statements import Statement, copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
 from ._transfer import Attempt, upload_each
 from .errors import (
+    BlobSharedError,
     BlobUploadError,
     CommitOutcomeUnknown,
     InvalidSourceError,
@@ -79,17 +80,17 @@ class Unit:
         self.is_settled = False
         self.books = Frames()
         self.claims: list[Claims] = []
-        self._poison: TransactionError | None = None
-        self._poisoned_at = 0
         self.report = DeleteReport()
         self.outcome: Outcome | None = None
         self.rows: Rows | None = None
-        self.changed: Collection[InstanceState[Any]] = ()
+        self.changed: dict[InstanceState[Any], None] = {}
         self.stores: dict[str, Store] = {}
         self.attempts: dict[str, Attempt] = {}
-        self.placements: dict[str, Placement] = {}
+        # weakly: a blob that nobody has any more need not be told, nor its bytes be kept
+        self.blobs: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
         self.columns: dict[str, str] = {}
-        self._admitted: list[Blob] = []
+        self._admitted: dict[int, Blob] = {}  # by id: blobs are not hashable
+        self._sent: set[int] = set()
         self.watch = follow(session, Ledger(), self.books)
         self.watch.on_undone = self._undo
 
@@ -134,7 +135,7 @@ class Unit:
             placement.blob._was_uploaded(
                 placement.uri, placement.facts, store=placement.store, owner=self
             )
-            self.placements[placement.uri] = placement
+            self.blobs[placement.uri] = placement.blob
             self.admit(placement.blob)
 
     def _forget(self, placements: Collection[Placement], error: BaseException) -> None:
@@ -148,18 +149,30 @@ class Unit:
     def admit(self, blob: Blob) -> None:
         """Let a blob into the statements of this flush."""
         blob._admitted_by = self
-        self._admitted.append(blob)
+        self._admitted[id(blob)] = blob
 
-    def dismiss(self) -> None:
-        """The flush is over, one way or the other."""
-        for blob in self._admitted:
+    def dismiss(self, blobs: Collection[Blob]) -> None:
+        """The statements that these were admitted into are over, one way or the other."""
+        for blob in blobs:
             blob._admitted_by = None
-        self._admitted.clear()
+            self._admitted.pop(id(blob), None)
+            self._sent.discard(id(blob))
+
+    def end_flush(self) -> None:
+        """The flush is over, one way or the other."""
+        self.dismiss(list(self._admitted.values()))
         self.rows = None
-        self.changed = ()
+        self.changed.clear()
 
     def sends(self, blob: Blob) -> None:
-        """A statement that names *blob* is on its way."""
+        """A statement that names *blob* is on its way.
+
+        Raises:
+            BlobSharedError: it is in another cell already.
+        """
+        if id(blob) in self._sent:
+            raise BlobSharedError([blob.uri])
+        self._sent.add(id(blob))
         self.books.write(blob.uri)
 
     def supersede(self, uri: str, attribute: BlobAttribute, store: Store) -> None:
@@ -170,7 +183,7 @@ class Unit:
 
     def forbid_commit(self, error: TransactionError) -> None:
         """Have COMMIT refused, unless the savepoint that it happened in is rolled back."""
-        self._poison, self._poisoned_at = error, self.books.depth
+        self.books.forbid_commit(error)
 
     def check_commit(self) -> None:
         """Raise what forbids COMMIT.
@@ -178,8 +191,8 @@ class Unit:
         Raises:
             TransactionError: see `forbid_commit`.
         """
-        if self._poison is not None:
-            raise self._poison
+        if self.books.poison is not None:
+            raise self.books.poison
 
     def claim(
         self,
@@ -207,7 +220,7 @@ class Unit:
 
     def judge(self) -> list[Verdict]:
         """Judge the transaction, which is over, and say what may be deleted."""
-        self.dismiss()
+        self.end_flush()
         self.is_settled = True
         self.watch.root_ended()
         self.watch.stop()
@@ -236,24 +249,21 @@ class Unit:
 
     def _conclude_blobs(self, settlement: Settlement) -> None:
         gone = {*settlement.compensate, *settlement.supersede}
-        for uri, placement in self.placements.items():
-            blob = placement.blob
+        for uri, blob in list(self.blobs.items()):
             if blob._uri != uri:
                 continue  # a savepoint took it back, and it may be another transaction's by now
             if self.outcome is Outcome.COMMITTED and uri not in gone:
                 blob._is_settled()
             else:
                 blob._reset()
-        self.placements.clear()
+        self.blobs.clear()
 
     def _undo(self, uris: Collection[str]) -> None:
         """The rows that name these were undone with a savepoint."""
-        if self.books.depth <= self._poisoned_at:
-            self._poison = None
         for uri in uris:
-            placement = self.placements.get(uri)
-            if placement is not None and placement.blob._uri == uri:
-                placement.blob._reset()
+            blob = self.blobs.get(uri)
+            if blob is not None and blob._uri == uri:
+                blob._reset()
 
     def __del__(self) -> None:
         if not self.is_settled and self.books.created:
@@ -305,6 +315,8 @@ class Keeper:
         self.unit: Unit | None = None
         self.last: Unit | None = None
         self.unknown: CommitOutcomeUnknown | None = None
+        self._is_preparing = False
+        self._copying: dict[str, Statement] = {}
         session.info[STORES_OF_SESSION] = stores
         _keepers[session] = self
 
@@ -313,7 +325,13 @@ class Keeper:
         if self.unit is None:
             self.unknown = None
             self.unit = self.last = Unit(session)
+            self.unit.watch.copying.update(self._copying)
         return self.unit
+
+    def begins(self, connection: Connection) -> None:
+        """Look at what is sent from now on, although nothing is at stake yet."""
+        if self.unit is None:
+            note_copies(connection, self._copying)
 
     @property
     def settle_seconds(self) -> float:
@@ -326,8 +344,9 @@ class Keeper:
     def before_flush(self, session: Session, instances: Collection[object] | None) -> None:
         """Upload what is pending, all at once, then lock and read the rows that change."""
         if self.unit is not None:
-            self.unit.dismiss()
+            self.unit.end_flush()
         flush = _Flush()
+        self._is_preparing = True
         try:
             self._collect(session, flush, instances)
             if flush.is_empty:
@@ -338,6 +357,8 @@ class Keeper:
         except BaseException:
             flush.unclaim()
             raise
+        finally:
+            self._is_preparing = False
         for blob in flush.in_place:
             unit.admit(blob)
         unit.rows, unit.changed = Rows(), flush.changed
@@ -380,8 +401,10 @@ class Keeper:
             return
         cell, instance, unit = (state, attribute.key), state.obj(), self.unit
         is_here = value._owner is not None and value._owner is unit and value._cell == cell
-        if is_here and unit is not None and value.uri not in unit.books.superseded:
-            flush.in_place.append(value)  # uploaded ahead, or flushed before
+        # one that was written already may stand elsewhere by now: in another row, if its state is
+        # new again (make_transient), or in another column after a bulk UPDATE
+        if is_here and unit is not None and value.uri not in unit.books.written:
+            flush.in_place.append(value)  # uploaded ahead
             return
         if value.is_stored or value._cell is not None:
             value = value.copy()  # one object, one cell
@@ -390,16 +413,24 @@ class Keeper:
         store = store_of(attribute, self.stores)
         flush.placements.append(Placement(value, attribute, instance, store))
 
-    def before_delete(self, session: Session, mapper: Mapper[Any], state: Any) -> None:
+    def before_delete(self, session: Session, state: InstanceState[Any]) -> None:
         """Read a row that a cascade deletes and nobody has announced."""
-        identity = tuple(state.identity)
+        self._read_late(session, state).expect_deleted(state.mapper, [tuple(state.identity or ())])
+
+    def changes_late(self, session: Session, state: InstanceState[Any]) -> None:
+        """Read a row of which somebody's listener changes a blob in the middle of the flush."""
+        if self._is_preparing:
+            return  # we do, and the row is read afterwards
+        self._read_late(session, state)
+        self.open_unit(session).changed[state] = None
+
+    def _read_late(self, session: Session, state: InstanceState[Any]) -> Rows:
         unit = self.open_unit(session)
-        if unit.rows is None:
-            unit.rows = Rows()
-        if not unit.rows.knows(mapper, identity):
+        rows = unit.rows = unit.rows or Rows()
+        if not rows.knows(state.mapper, tuple(state.identity or ())):
             unit.check(session)
-            unit.rows.lock(session, mapper, [identity])
-        unit.rows.expect_deleted(mapper, [identity])
+            rows.lock(session, state.mapper, [tuple(state.identity or ())])
+        return rows
 
     def after_flush(self, session: Session) -> None:
         """Read the rows again: what none of them names any more was let go."""
@@ -413,7 +444,7 @@ class Keeper:
                     unit.rows.expect_renamed(state.mapper, old, new)
             unit.rows.read_again(session)
             self.supersede(unit, unit.rows)
-        unit.dismiss()
+        unit.end_flush()
 
     def supersede(self, unit: Unit, rows: Rows) -> None:
         """Note what the rows that were read again have let go."""
@@ -438,7 +469,7 @@ class Keeper:
         except BaseException:
             flush.unclaim()
             raise
-        unit.dismiss()
+        unit.dismiss([placement.blob for placement in flush.placements])
 
     # --- ends
 
@@ -471,6 +502,7 @@ class Keeper:
         """Settle, or leave it to the end of the connection's transaction."""
         unit, self.unit = self.unit, None
         if unit is None:
+            self._copying.clear()
             return
         if unit.watch.carry_over():
             for claims in unit.claims:
@@ -478,6 +510,7 @@ class Keeper:
                 claims.watch.carry_over()
             unit.watch.on_free = lambda: self._start(unit, self._judge(unit))
             return
+        self._copying.clear()
         verdicts = self._judge(unit)
         if not verdicts:
             return
@@ -597,6 +630,14 @@ def _before_commit(session: Session) -> None:
         keeper.before_commit(session)
 
 
+def _after_begin(
+    session: Session, _transaction: SessionTransaction, connection: Connection
+) -> None:
+    keeper = _keepers.get(session)
+    if keeper is not None:
+        keeper.begins(connection)
+
+
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     keeper = _keepers.get(session)
     if keeper is not None and transaction.parent is None:
@@ -604,6 +645,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 
 
 _LISTENERS = (
+    ("after_begin", _after_begin),
     ("before_flush", _before_flush),
     ("after_flush", _after_flush),
     ("before_commit", _before_commit),
@@ -612,16 +654,33 @@ _LISTENERS = (
 
 
 @event.listens_for(Mapper, "mapper_configured")
-def _watch_deletes(mapper: Mapper[Any], _class: type[Any]) -> None:
-    if blob_attributes(mapper):
+def _watch(mapper: Mapper[Any], mapped_class: type[Any]) -> None:
+    attributes = blob_attributes(mapper)
+    if attributes:
         event.listen(mapper, "before_delete", _before_delete)
+    for attribute in attributes:
+        event.listen(getattr(mapped_class, attribute.key), "set", _set_in_flush)
+
+
+def _set_in_flush(target: object, _value: object, _old: object, _initiator: object) -> None:
+    session, state = object_session(target), inspect(target)
+    if session is None or state is None or state.identity is None or not is_flushing(session):
+        return
+    keeper = _keepers.get(session)
+    if keeper is not None:
+        keeper.changes_late(session, state)
+
+
+def is_flushing(session: Session) -> bool:
+    """Tell whether a flush is under way, the listeners that come before it included."""
+    return bool(getattr(session, "_flushing", False))  # there is no public name for it
 
 
 def _before_delete(_mapper: Mapper[Any], _connection: Connection, target: object) -> None:
     session, state = object_session(target), inspect(target)
     keeper = _keepers.get(session) if session is not None else None
     if keeper is not None and session is not None and state is not None:
-        keeper.before_delete(session, state.mapper, state)
+        keeper.before_delete(session, state)
 
 
 # --- what the unit of work knows -------------------------------------------------------------

@@ -313,6 +313,7 @@ class _Uploading(AsyncSession):
 
     async def run_sync(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a function with the plain `Session`."""
+        _keeper(self).unknown = None
         try:
             return await super().run_sync(fn, *args, **kwargs)
         except BaseException as exc:
@@ -385,6 +386,7 @@ class _MakerBlock:
 async def _commit(session: AsyncSession, send: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Flush, which may be cancelled, and then commit, which may not."""
     keeper = _keeper(session)
+    keeper.unknown = None
     await session.flush()
     try:
         seconds = keeper.commit_seconds + keeper.settle_seconds

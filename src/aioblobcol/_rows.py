@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import false, select, tuple_, update
+from sqlalchemy import delete, false, select, tuple_
 
 from ._blob import Blob
-from ._column import BlobAttribute, blob_attributes
+from ._column import BlobAttribute, row_attributes
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Select
-    from sqlalchemy.engine import Connection
+    from sqlalchemy import ColumnElement, Executable, FromClause, Select
+    from sqlalchemy.engine import Connection, CursorResult
     from sqlalchemy.orm import Mapper, Session
 
 Identity = tuple[Any, ...]
@@ -35,11 +35,18 @@ Cells = dict[BlobAttribute, str]
 class Rows:
     """The rows that one flush or bulk statement changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, statement: Any = None, options: Mapping[str, Any] | None = None) -> None:
+        """Take the bulk statement, for sessions that route by it, and its execution options."""
+        self._routing = {} if statement is None else {"clause": statement}
+        known = options or {}
+        self._options = {k: known[k] for k in ("schema_translate_map",) if k in known}
         self._before: dict[Mapper[Any], dict[Identity, Cells]] = {}
         self._after: dict[Mapper[Any], dict[Identity, Cells]] = {}
         self._renamed: dict[Mapper[Any], dict[Identity, Identity]] = {}
-        self._to_delete: set[tuple[Mapper[Any], Identity]] = set()
+        self._asked: dict[Mapper[Any], set[Identity]] = {}
+        self._absent: dict[Mapper[Any], set[Identity]] = {}
+        self._to_delete: dict[Mapper[Any], set[Identity]] = {}
+        self._deleted_from: FromClause | None = None
 
     def knows(self, mapper: Mapper[Any], identity: Identity) -> bool:
         """Tell whether a row was read already."""
@@ -61,13 +68,17 @@ class Rows:
         wanted = [key for key in dict.fromkeys(identities) if not self.knows(mapper, key)]
         if not wanted:
             return
-        connection = _begin_writing(session, mapper)
+        connection = self._begin_writing(session, mapper)
         rows = self._before.setdefault(mapper, {})
-        for some in batched(wanted, ROWS_PER_READ):
-            statement = _locking(_select(mapper).where(_is_one_of(mapper, some)), mapper)
-            rows.update(_read(mapper, connection.execute(statement)))
-        for key in wanted:
-            rows.setdefault(key, {})  # not there; do not ask again
+        absent = set(wanted)
+        for _ in range(2):  # whom we waited for may have put another row in the place of one
+            for some in batched([key for key in wanted if key in absent], ROWS_PER_READ):
+                statement = _locking(_select(mapper).where(_is_one_of(mapper, some)), mapper)
+                rows.update(_read(mapper, self._execute(connection, statement)))
+            absent -= rows.keys()
+        self._asked.setdefault(mapper, set()).update(wanted)
+        self._absent.setdefault(mapper, set()).update(absent)
+        rows.update((key, {}) for key in absent)  # do not ask again
 
     def lock_where(
         self,
@@ -78,23 +89,26 @@ class Rows:
     ) -> None:
         """Read the rows that a bulk statement will match, under the same lock.
 
-        Through the session: it adds to the statement what it will add to the bulk statement.
+        More than these, if the session adds criteria to the statement: not through the session,
+        whose listeners may add others to a SELECT.
         """
-        _begin_writing(session, mapper)
-        key = [mapper.get_property_by_column(column) for column in mapper.primary_key]
-        blobs = [mapper.attrs[attribute.key] for attribute in blob_attributes(mapper)]
-        statement = _locking(select(*(prop.class_attribute for prop in (*key, *blobs))), mapper)
+        connection = self._begin_writing(session, mapper)
+        statement = _locking(_select(mapper), mapper)
+        if mapper.single and mapper.polymorphic_on is not None:
+            kinds = [each.polymorphic_identity for each in mapper.self_and_descendants]
+            statement = statement.where(mapper.polymorphic_on.in_(kinds))
         if condition is not None:
             statement = statement.where(condition)
-        found = session.execute(statement, parameters, execution_options={"autoflush": False})
+        found = self._execute(connection, statement, parameters)
         self._before.setdefault(mapper, {}).update(_read(mapper, found))
 
     def expect_deleted(self, mapper: Mapper[Any], identities: Iterable[Identity]) -> None:
         """Say which rows are to be deleted; another one that is gone may have a new key."""
-        self._to_delete.update((mapper, identity) for identity in identities)
+        self._to_delete.setdefault(mapper, set()).update(identities)
 
-    def expect_all_deleted(self) -> None:
-        """Say that of all rows that were read."""
+    def expect_all_deleted(self, table: FromClause) -> None:
+        """Say that of all rows that were read; of joined tables, only *table* loses its row."""
+        self._deleted_from = table
         for mapper, rows in self._before.items():
             self.expect_deleted(mapper, rows)
 
@@ -109,11 +123,11 @@ class Rows:
         for mapper, rows in self._before.items():
             renamed = self._renamed.get(mapper, {})
             identities = dict.fromkeys(renamed.get(key, key) for key in rows)
-            connection = session.connection(bind_arguments={"mapper": mapper})
+            connection = self._connection(session, mapper)
             now = self._after[mapper] = {}
             for some in batched(list(identities), ROWS_PER_READ):
                 statement = _select(mapper).where(_is_one_of(mapper, some))
-                now.update(_read(mapper, connection.execute(statement)))
+                now.update(_read(mapper, self._execute(connection, statement)))
 
     def let_go(self) -> list[tuple[str, BlobAttribute]]:
         """Return the objects that certainly none of the rows names any more."""
@@ -121,14 +135,22 @@ class Rows:
         return [
             (uri, attribute)
             for mapper, identity, cells in self._rows_before()
-            if self._is_known_now(mapper, identity)
             for attribute, uri in cells.items()
-            if uri not in named
+            if uri not in named and self._is_known_now(mapper, identity, attribute)
         ]
 
     def finds(self, mapper: Mapper[Any], identity: Identity) -> bool:
-        """Tell whether a row is there now."""
+        """Tell whether a row is there now, under a key that is written like this."""
         return identity in self._after.get(mapper, {})
+
+    def vanished(self, mapper: Mapper[Any]) -> bool:
+        """Tell whether a row that was found is not there under its key any more."""
+        before, absent = self._before.get(mapper, {}), self._absent.get(mapper, set())
+        return any(key not in self._after[mapper] for key in before.keys() - absent)
+
+    def named(self) -> set[str]:
+        """Return every object that the rows name now."""
+        return set(self._named_now())
 
     def shared(self, own: Iterable[str]) -> list[str]:
         """Return what the rows name twice now, or have from rows that were not read.
@@ -141,32 +163,57 @@ class Rows:
         named = Counter(self._named_now())
         return sorted(uri for uri, times in named.items() if times > 1 or uri not in known)
 
+    # --- how
+
+    def _connection(self, session: Session, mapper: Mapper[Any]) -> Connection:
+        return session.connection(bind_arguments={"mapper": mapper, **self._routing})
+
+    def _begin_writing(self, session: Session, mapper: Mapper[Any]) -> Connection:
+        """Return the session's connection; on SQLite, with the one lock for writing that it has.
+
+        Otherwise the read would take a snapshot, and the write after it would fail at once if
+        somebody wrote in between, in place of waiting for its turn.
+        """
+        connection = self._connection(session, mapper)
+        if connection.dialect.name == "sqlite":
+            self._execute(connection, delete(mapper.primary_key[0].table).where(false()))
+        return connection
+
+    def _execute(
+        self,
+        connection: Connection,
+        statement: Executable,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> CursorResult[Any]:
+        return connection.execute(statement, parameters, execution_options=self._options)
+
     def _rows_before(self) -> Iterator[tuple[Mapper[Any], Identity, Cells]]:
         for mapper, rows in self._before.items():
             for identity, cells in rows.items():
                 yield mapper, identity, cells
 
-    def _is_known_now(self, mapper: Mapper[Any], identity: Identity) -> bool:
+    def _is_known_now(
+        self, mapper: Mapper[Any], identity: Identity, attribute: BlobAttribute
+    ) -> bool:
         now = self._renamed.get(mapper, {}).get(identity, identity)
-        return now in self._after[mapper] or (mapper, identity) in self._to_delete
+        if now in self._after[mapper]:
+            return True
+        if self._deleted_from is not None and attribute.column.table is not self._deleted_from:
+            return False  # the other half of the row stays
+        return self._is_to_be_deleted(mapper, identity)
+
+    def _is_to_be_deleted(self, mapper: Mapper[Any], identity: Identity) -> bool:
+        to_delete = self._to_delete.get(mapper, set())
+        asked, absent = self._asked.get(mapper, set()), self._absent.get(mapper, set())
+        if identity in to_delete or identity in asked:
+            return identity in to_delete
+        # the database writes this key otherwise than whoever asked for it: 1, of "1"
+        return bool(absent) and absent <= to_delete
 
     def _named_now(self) -> Iterator[str]:
         for rows in self._after.values():
             for cells in rows.values():
                 yield from cells.values()
-
-
-def _begin_writing(session: Session, mapper: Mapper[Any]) -> Connection:
-    """Return the session's connection; on SQLite, with the one lock for writing that it has.
-
-    Otherwise the read would take a snapshot, and the write after it would fail at once if
-    somebody wrote in between, in place of waiting for its turn.
-    """
-    connection = session.connection(bind_arguments={"mapper": mapper})
-    if connection.dialect.name == "sqlite":
-        key = mapper.primary_key[0]
-        connection.execute(update(key.table).values({key: key}).where(false()))
-    return connection
 
 
 def _locking(statement: Select[Any], mapper: Mapper[Any]) -> Select[Any]:
@@ -175,7 +222,7 @@ def _locking(statement: Select[Any], mapper: Mapper[Any]) -> Select[Any]:
 
 
 def _select(mapper: Mapper[Any]) -> Select[Any]:
-    columns = [attribute.column for attribute in blob_attributes(mapper)]
+    columns = [attribute.column for attribute in row_attributes(mapper)]
     return select(*mapper.primary_key, *columns).select_from(mapper.persist_selectable)
 
 
@@ -187,7 +234,7 @@ def _is_one_of(mapper: Mapper[Any], identities: Sequence[Identity]) -> ColumnEle
 
 
 def _read(mapper: Mapper[Any], found: Iterable[Any]) -> Iterator[tuple[Identity, Cells]]:
-    attributes, size = blob_attributes(mapper), len(mapper.primary_key)
+    attributes, size = row_attributes(mapper), len(mapper.primary_key)
     for row in found:
         cells = zip(attributes, row[size:], strict=True)
         yield (

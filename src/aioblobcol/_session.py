@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from sqlalchemy import Column
-    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine import ExceptionContext, Transaction
     from sqlalchemy.engine.interfaces import Dialect
     from sqlalchemy.orm import SessionTransaction
 
@@ -148,7 +148,10 @@ class TransactionWatch:
         self.targets: dict[str, Column[Any]] = {}
         self._session = weakref.ref(session)
         self._modes: weakref.WeakKeyDictionary[Connection, Mode] = weakref.WeakKeyDictionary()
-        self._transactions: weakref.WeakKeyDictionary[Connection, Any] = weakref.WeakKeyDictionary()
+        # weakly: a transaction holds its connection, which would then never be let go
+        self._transactions: weakref.WeakKeyDictionary[Connection, weakref.ref[Transaction]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._pending: dict[int, _Pending] = {}
         self._failed: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._is_refused = False
@@ -187,7 +190,9 @@ class TransactionWatch:
     def adopt(self, connection: Connection, transaction: SessionTransaction) -> None:
         """Follow a connection that the session uses, or refuse it."""
         mode = self._modes[connection] = mode_of(connection)
-        self._transactions[connection] = connection.get_transaction()
+        begun = connection.get_transaction()
+        if begun is not None:
+            self._transactions[connection] = weakref.ref(begun)
         self.is_open = True
         self.connections.add(connection)
         self.facts.connections = len(self.connections)
@@ -218,7 +223,7 @@ class TransactionWatch:
 
     def check_control(self, connection: Connection) -> None:
         """Note a transaction of the connection's own that is not the one the session began."""
-        if connection.get_transaction() is not self._transactions.get(connection):
+        if self.has_left(connection):
             self.facts.foreign_control = True
 
     # --- statements
@@ -380,7 +385,12 @@ class TransactionWatch:
         if self.facts.commit_sent and not self.facts.acknowledged:
             self.facts.commit_failed = True
             original = error.original_exception
-            self.facts.answered = isinstance(original, Exception) and not error.is_disconnect
+            is_open = in_open_transaction(connection)  # after a COMMIT that is refused it is
+            self.facts.answered = (
+                isinstance(original, Exception)
+                and not error.is_disconnect
+                and not (self.facts.is_sqlite and is_open is False)
+            )
             self.facts.refused = self.facts.answered and is_refusal(sqlstate_of(original))
             if self.books is not None and self.facts.is_sqlite and self.facts.answered:
                 self._end_refused_commit(connection)
@@ -430,16 +440,24 @@ class TransactionWatch:
     def sends_commit(self, connection: Connection) -> None:
         """COMMIT is on its way."""
         self.check_control(connection)
+        if self.books is not None and self.books.poison is not None:
+            raise self.books.poison  # of a session that has left it to the connection's owner
+        if self.sent and self._was_ended_behind(connection):
+            self.facts.foreign_control = True
         self.facts.doubtful |= self.is_doubtful
         self.facts.commit_sent = True
 
     def sends_rollback(self, connection: Connection) -> None:
         """ROLLBACK is on its way."""
         self.facts.rollback_sent = True
+        if self._was_ended_behind(connection) and not self.facts.commit_sent:
+            self.facts.foreign_control = True
+
+    def _was_ended_behind(self, connection: Connection) -> bool:
+        """Tell whether somebody else ended the transaction, on the same connection."""
         is_gone = in_open_transaction(connection) is False
         began = self._modes.get(connection) is Mode.EXPLICIT
-        if is_gone and began and not self.was_given_up and not self.facts.commit_sent:
-            self.facts.foreign_control = True  # somebody else ended it on the same connection
+        return is_gone and began and not self.was_given_up
 
     def acknowledged(self) -> None:
         """COMMIT was answered, on every connection."""
@@ -477,7 +495,9 @@ class TransactionWatch:
         The ``begin`` event would tell earlier, but a recipe that sends BEGIN in it gives way
         there, and listeners must not be added meanwhile.
         """
-        return connection.get_transaction() is not self._transactions.get(connection)
+        begun = self._transactions.get(connection)
+        now = connection.get_transaction()
+        return now is not None if begun is None else now is None or now is not begun()
 
     def connection_is_free(self) -> None:
         """A connection begins anew, or is back in the pool: what it was left with is over.
@@ -508,7 +528,7 @@ class TransactionWatch:
             for connection in self.connections
             if not connection.closed
             and connection.in_transaction()
-            and connection.get_transaction() is self._transactions.get(connection)
+            and not self.has_left(connection)
         ]
         if not left or self.facts.commit_sent or self.facts.rollback_sent:
             return False
@@ -547,6 +567,12 @@ class TransactionWatch:
 
 
 # --- watching --------------------------------------------------------------------------------
+
+
+def note_copies(connection: Connection, found: dict[str, Statement]) -> None:
+    """Collect the statements that may copy a URI, for as long as nobody follows *connection*."""
+    _unwatched[connection] = found
+    _listen_to_engine(connection.engine)
 
 
 def owner_of(session: AsyncSession) -> str | None:
@@ -667,6 +693,9 @@ Watches = tuple[TransactionWatch, ...]
 
 _by_session: weakref.WeakKeyDictionary[Session, Watches] = weakref.WeakKeyDictionary()
 _by_connection: weakref.WeakKeyDictionary[Connection, Watches] = weakref.WeakKeyDictionary()
+_unwatched: weakref.WeakKeyDictionary[Connection, dict[str, Statement]] = (
+    weakref.WeakKeyDictionary()
+)
 # by the id of the driver's connection, which the pool's events hand out
 _carried: dict[int, Watches] = {}
 _listening: set[type] = set()
@@ -766,10 +795,15 @@ def _before_cursor_execute(
 
 
 def _after_cursor_execute(
-    connection: Connection, cursor: Any, _text: str, _parameters: Any, context: Any, _many: bool
+    connection: Connection, cursor: Any, text: str, _parameters: Any, context: Any, _many: bool
 ) -> None:
-    for watched in _by_connection.get(connection, ()):
+    watches = _by_connection.get(connection, ())
+    for watched in watches:
         watched.answered(connection, cursor, context)
+    if not watches and connection in _unwatched and text[:6] != "SELECT":
+        statement = read_statement(text, dialect=connection.dialect.name)
+        if may_copy(statement):
+            _unwatched[connection][statement.code] = statement
 
 
 def _handle_error(error: ExceptionContext) -> BaseException | None:

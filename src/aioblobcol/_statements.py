@@ -54,6 +54,7 @@ class Statement:
         may_skip_conflicts: the first two of these.
         first_word: in capitals.
         code: the text with comments, literals and quoted names blanked out.
+        text: as it is sent.
         where_at: where the WHERE of an UPDATE stands in it.
         is_countable: False if the number of rows may be that of another part of it (a CTE that
             writes, several statements in one text), or of several rows that may be skipped.
@@ -66,6 +67,7 @@ class Statement:
     is_countable: bool = True
     first_word: str = dataclasses.field(default="", compare=False)
     code: str = dataclasses.field(default="", repr=False, compare=False)
+    text: str = dataclasses.field(default="", repr=False, compare=False)
     where_at: int | None = dataclasses.field(default=None, compare=False)
 
 
@@ -83,6 +85,8 @@ _CONFLICTS = (
 _SKIPS_CONFLICTS = re.compile(_CONFLICTS, re.IGNORECASE)
 _SKIPS = re.compile(rf"\bSELECT\b|{_CONFLICTS}", re.IGNORECASE)
 _SELECT = re.compile(r"\bSELECT\b", re.IGNORECASE)
+_READS = re.compile(r"\b(?:SELECT|TABLE)\b", re.IGNORECASE)
+_AFTER_EQUALS = r"=\s*(?:[\"`\[]?\w+[\"`\]]?\s*\.\s*)?[\"`\[]?{}(?!\w)"
 _RETURNING = re.compile(r"\bRETURNING\b", re.IGNORECASE)
 _WHERE = re.compile(r"[()]|\bWHERE\b", re.IGNORECASE)
 _NAMED = re.compile(r"(?<![:\w]):(?P<colon>\w+)|%\((?P<percent>\w+)\)s")
@@ -147,6 +151,7 @@ def read_statement(text: str, *, dialect: str) -> Statement:
         whole,
         first_word=first[0].upper() if first is not None else "",
         code=bare,
+        text=text,
         where_at=_top_level_where(bare),
     )
 
@@ -290,32 +295,53 @@ def assigned_uris(
 def copied_columns(statement: Statement, names: Iterable[str]) -> set[str]:
     """Return those of the columns *names* whose values a statement may put elsewhere by itself.
 
-    As ``INSERT INTO history SELECT html ..`` and ``UPDATE .. SET image = html`` do.
+    As ``INSERT INTO history SELECT html ..`` and ``UPDATE .. SET image = html`` do. In doubt, yes:
+    what is found here is kept.
     """
-    code = statement.code
+    everywhere, assigned = _sources(statement)
+    if everywhere.lstrip().startswith("*"):
+        return set(names)
+    return {
+        name
+        for name in names
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", everywhere, re.IGNORECASE)
+        or re.search(_AFTER_EQUALS.format(re.escape(name)), assigned, re.IGNORECASE)
+    }
+
+
+def _sources(statement: Statement) -> tuple[str, str]:
+    """Return the text in which any name is read, and that in which one after ``=`` is."""
+    code, text = statement.code, statement.text
     if statement.kind is Kind.INSERT:
-        select = _SELECT.search(code)
-        if select is None:
-            return set()
-        source = code[select.end() :]
-        if source.lstrip().startswith("*"):
-            return set(names)
-        pattern = r"\b{}\b"
-    elif statement.kind is Kind.UPDATE:
-        source, pattern = code[: statement.where_at], r"=\s*(?:\w+\s*\.\s*)?{}\b"
-    else:
-        return set()
-    source = _RETURNING.split(source)[0]
-    return {name for name in names if re.search(pattern.format(re.escape(name)), source)}
+        found = _READS.search(code)
+        if found is not None and found[0].upper() == "TABLE":
+            return "*", ""
+        return _before_returning(statement, found.end()) if found is not None else "", ""
+    if statement.kind is not Kind.UPDATE:
+        return "", ""
+    if statement.first_word == "MERGE":
+        return _before_returning(statement, 0), ""
+    end = statement.where_at if statement.where_at is not None else len(code)
+    inner = _SELECT.search(code, 0, end)  # SET html = (SELECT ..)
+    if inner is None:
+        returned = _RETURNING.search(code, 0, end)
+        return "", text[: returned.start() if returned is not None else end]
+    return _before_returning(statement, inner.start()), text[: inner.start()]
+
+
+def _before_returning(statement: Statement, start: int) -> str:
+    returned = _RETURNING.search(statement.code, start)
+    return statement.text[start : returned.start() if returned is not None else None]
 
 
 def may_copy(statement: Statement) -> bool:
     """Tell whether a statement may copy a value from one cell to another by itself."""
     if statement.kind is Kind.INSERT:
-        return _SELECT.search(statement.code) is not None
+        return _READS.search(statement.code) is not None
     if statement.kind is not Kind.UPDATE:
         return False
-    return _SETS_NAME.search(statement.code[: statement.where_at]) is not None
+    is_merge = statement.first_word == "MERGE"
+    return is_merge or _SETS_NAME.search(statement.code[: statement.where_at]) is not None
 
 
 def _placed_parameters(code: str, parameters: Any) -> Iterator[tuple[int, Any]]:

@@ -239,7 +239,7 @@ class BlobNotWrittenError(TransactionError):
 
 
 class BlobSharedError(TransactionError):
-    """Refused to commit, rolled back and undone: one upload went into several rows.
+    """Refused to commit, rolled back and undone: one object went into several cells.
 
     One object belongs to one cell: deleting it with one row would take it from the others.
 
@@ -253,8 +253,9 @@ class BlobSharedError(TransactionError):
 
     def __str__(self) -> str:
         return (
-            "one UPDATE put an uploaded object into several rows: narrow its WHERE to one row, and "
-            f"upload once for each row. The transaction was rolled back: {_listed(self.uris)}"
+            "one object would belong to several rows or columns: narrow the WHERE to one row, "
+            "upload once for each cell, or assign blob.copy(). The transaction is rolled back: "
+            f"{_listed(self.uris)}"
         )
 
 

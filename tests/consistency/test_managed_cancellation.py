@@ -12,7 +12,17 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from support.awaits import CountedTask
 from support.databases import Database
-from support.managed import Cell, Doc, Page, Report, collect, contents, tables
+from support.managed import (
+    SEED,
+    Contents,
+    Doc,
+    Page,
+    Report,
+    collect,
+    contents,
+    seed,
+    tables,
+)
 
 from aioblobcol import Blob, blob_sessionmaker, upload_blobs
 from aioblobcol.testing import MemoryStore, Step
@@ -21,18 +31,6 @@ MANY = 800  # far more awaits than any of these programs has
 
 Factory = async_sessionmaker[AsyncSession]
 Program = Callable[[Factory], Coroutine[Any, Any, None]]
-Contents = dict[Cell, bytes]
-
-BEFORE: Contents = {
-    ("a", "body"): b"body a",
-    ("a", "cover"): b"cover a",
-    ("a/1", "scan"): b"scan 1",
-    ("a/2", "scan"): b"scan 2",
-    ("b", "body"): b"body b",
-    ("b", "cover"): b"cover b",
-    ("r", "body"): b"body r",
-    ("r", "appendix"): b"appendix r",
-}
 
 
 async def create(factory: Factory) -> None:
@@ -155,15 +153,15 @@ async def close_without_commit(factory: Factory) -> None:
 
 
 def without(*rows: str) -> Contents:
-    return {cell: body for cell, body in BEFORE.items() if cell[0] not in rows}
+    return {cell: body for cell, body in SEED.items() if cell[0] not in rows}
 
 
-BODY_2: Contents = {**BEFORE, ("a", "body"): b"body 2"}
+BODY_2: Contents = {**SEED, ("a", "body"): b"body 2"}
 PROGRAMS: list[tuple[Program, Contents]] = [
     (
         create,
         {
-            **BEFORE,
+            **SEED,
             ("n", "body"): b"body n",
             ("n", "appendix"): b"appendix n",
             ("n/1", "scan"): b"scan n",
@@ -173,7 +171,7 @@ PROGRAMS: list[tuple[Program, Contents]] = [
     (delete, without("a", "a/1", "a/2", "r")),
     (orphan_a_child, without("a/2")),
     (update_in_a_savepoint, BODY_2),
-    (update_in_a_savepoint_rolled_back, {**BEFORE, ("a", "cover"): b"cover 2"}),
+    (update_in_a_savepoint_rolled_back, {**SEED, ("a", "cover"): b"cover 2"}),
     (bulk_update, {**BODY_2, ("a", "cover"): b"a", ("b", "cover"): b"b"}),
     (
         bulk_insert_and_delete,
@@ -182,7 +180,7 @@ PROGRAMS: list[tuple[Program, Contents]] = [
     (
         copy_and_swap,
         {
-            **BEFORE,
+            **SEED,
             ("a", "body"): b"body b",
             ("b", "body"): b"body a",
             ("b", "cover"): b"cover a",
@@ -192,7 +190,7 @@ PROGRAMS: list[tuple[Program, Contents]] = [
     (begin_block, BODY_2),
     (factory_begin_block, BODY_2),
     (two_flushes, BODY_2),
-    (close_without_commit, BEFORE),
+    (close_without_commit, SEED),
 ]
 
 
@@ -201,29 +199,6 @@ async def factory(database: Database, memory_store: MemoryStore) -> AsyncIterato
     """Give sessions that upload, on both databases."""
     async with tables(database.engine):
         yield blob_sessionmaker(database.engine, memory_store)
-
-
-async def prepare(factory: Factory, store: MemoryStore, database: Database) -> None:
-    """Bring both stores to where every program starts."""
-    store.hooks.clear()
-    collect()
-    async with factory.begin() as session:
-        for table in (Page, Report, Doc):
-            await session.execute(sa.delete(table))
-        store.objects.clear()
-        session.add_all(
-            [
-                Doc(
-                    key="a",
-                    body=Blob(b"body a"),
-                    cover=Blob(b"cover a"),
-                    pages=[Page(number=n, scan=Blob(b"scan %d" % n)) for n in (1, 2)],
-                ),
-                Doc(key="b", body=Blob(b"body b"), cover=Blob(b"cover b")),
-                Report(key="r", body=Blob(b"body r"), appendix=Blob(b"appendix r")),
-            ]
-        )
-    assert await contents(store, database.engine) == BEFORE
 
 
 @pytest.mark.parametrize(
@@ -241,19 +216,19 @@ class TestCancellation:
         """Cancelled at any await, the rows are as before or as after, and no more is stored."""
         seen: list[Contents] = []
         for moment in range(1, MANY):
-            if not seen or seen[-1] != BEFORE:
-                await prepare(factory, memory_store, database)
+            if not seen or seen[-1] != SEED:
+                await seed(factory, memory_store)
             counted = CountedTask(program(factory), cancel_at=moment)
             was_cancelled = await counted.run()
             collect()
             assert memory_store.land_late() == []
             now = await contents(memory_store, database.engine)
-            assert now in (BEFORE, after), f"cancelled at await {moment}"
+            assert now in (SEED, after), f"cancelled at await {moment}"
             seen.append(now)
             if not was_cancelled:
                 assert now == after
                 assert moment > 5
-                assert BEFORE in seen
+                assert SEED in seen
                 return
         pytest.fail("the program never ended")
 
@@ -270,7 +245,7 @@ class TestCancellation:
         stage: str,
     ) -> None:
         """A request on the wire is run to its end although the caller was cancelled."""
-        await prepare(factory, memory_store, database)
+        await seed(factory, memory_store)
         task: asyncio.Task[None] | None = None
         cancelled = []
 
@@ -293,6 +268,6 @@ class TestCancellation:
         if not cancelled:
             assert now == after
         elif operation == "delete":
-            assert now in (BEFORE, after)  # a savepoint's uploads may be deleted before COMMIT
+            assert now in (SEED, after)  # a savepoint's uploads may be deleted before COMMIT
         else:
-            assert now == BEFORE
+            assert now == SEED

@@ -30,6 +30,7 @@ from aioblobcol import (
     CommitOutcomeUnknown,
     InvalidSourceError,
     PutS3ApiCall,
+    S3Store,
     TransactionAbortedError,
     UnsafeTransactionError,
     blob_report,
@@ -640,6 +641,109 @@ class TestLostReply:
             assert await library.check() == [b"2"]
 
 
+class TestTwoPhase:
+    """After PREPARE only the acknowledgement of the second phase is certain."""
+
+    async def test_acknowledged(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """A second phase that was answered is a commit: the old object goes."""
+        async with open_library(postgres, memory_store, twophase=True) as library:
+            await library.add(Doc(name="d", body=Blob(b"1")))
+            async with library.session.begin() as session:
+                (await session.get_one(Doc, "d")).body = Blob(b"2")
+
+            assert await library.check() == [b"2"]
+
+    async def test_rolled_back(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """Before PREPARE a rollback undoes both stores."""
+        async with open_library(postgres, memory_store, twophase=True) as library:
+            await library.add(Doc(name="d", body=Blob(b"1")))
+            async with library.session() as session:
+                (await session.get_one(Doc, "d")).body = Blob(b"2")
+                await session.flush()
+                await session.rollback()
+
+            assert await library.check() == [b"1"]
+
+    async def test_rolled_back_after_prepare(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """After it the row is undone; the objects are left alone, and the log names them."""
+        async with open_library(postgres, memory_store, twophase=True) as library:
+            await library.add(Doc(name="d", body=Blob(b"1")))
+            async with library.session() as session:
+                doc = await session.get_one(Doc, "d")
+                doc.body = Blob(b"2")
+                await session.flush()
+                left = doc.body.uri
+                await session.run_sync(lambda sync: sync.prepare())
+                await session.rollback()
+
+            assert await library.check(orphans=(left,)) == [b"1"]
+
+    async def test_the_second_phase_fails(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """Prepared, and no answer to the second phase: unknown, nothing is deleted."""
+
+        def fail(_connection: sa.Connection, _xid: object, _is_prepared: bool) -> None:
+            raise RuntimeError("wire cut")
+
+        async with open_library(postgres, memory_store, twophase=True) as library:
+            await library.add(Doc(name="d", body=Blob(b"1")))
+            sa.event.listen(postgres.engine.sync_engine, "commit_twophase", fail)
+            try:
+                async with library.session() as session:
+                    (await session.get_one(Doc, "d")).body = Blob(b"2")
+                    with pytest.raises(CommitOutcomeUnknown) as caught:
+                        await session.commit()
+            finally:
+                sa.event.remove(postgres.engine.sync_engine, "commit_twophase", fail)
+            engine = postgres.engine.execution_options(isolation_level="AUTOCOMMIT")
+            async with engine.connect() as connection:
+                left = await connection.scalars(sa.text("SELECT gid FROM pg_prepared_xacts"))
+                for gid in left.all():  # as an operator does, who looks after two-phase commits
+                    await connection.exec_driver_sql(f"ROLLBACK PREPARED '{gid}'")
+
+            assert await library.check(orphans=caught.value.created) == [b"1"]
+
+    async def test_a_driver_without_it(self, sqlite: Database, memory_store: MemoryStore) -> None:
+        """It fails before anything is prepared: undone."""
+        async with open_library(sqlite, memory_store, twophase=True) as library:
+            with pytest.raises(NotImplementedError):
+                await library.add(Doc(name="d", body=Blob(b"1")))
+
+            assert await library.check() == []
+
+
+class TestOnS3:
+    """The same against a real client and a server that speaks S3."""
+
+    async def test_a_life(self, database: Database, s3_store: S3Store) -> None:
+        """Created, read, replaced, copied, swapped, rolled back, updated in bulk, deleted."""
+        async with open_library(database, s3_store) as library:
+            await library.add(
+                Doc(name="a", body=Blob(b"1"), scan=Blob(b"2")), Doc(name="b", body=Blob(b"3"))
+            )
+            async with library.session() as session:
+                a, b = await session.get_one(Doc, "a"), await session.get_one(Doc, "b")
+                assert a.body is not None
+                assert await a.body.read() == b"1"
+                a.body, b.body, b.scan = b.body, a.body, a.scan
+                await session.commit()
+                assert await library.check() == [b"1", b"2", b"2", b"3"]
+                a.body = Blob(b"never")
+                await session.flush()
+                await session.rollback()
+                assert await library.check() == [b"1", b"2", b"2", b"3"]
+                await session.execute(
+                    sa.update(Doc).where(Doc.name == "b").values(body=Blob(b"4"), scan=None)
+                )
+                await session.delete(a)
+                await session.commit()
+
+            assert await library.check() == [b"4"]
+
+
 class TestJoinedSessions:
     """Sessions bound to a connection in somebody's transaction: its owner decides."""
 
@@ -792,9 +896,11 @@ class TestBulk:
         async with library.session() as session:
             with pytest.raises(BlobSharedError):
                 await session.execute(sa.update(Doc).values(body=Blob(b"2")))
+            await session.rollback()
+            session.add(Doc(name="c", body=Blob(b"3")))
             await session.commit()
 
-        assert await library.check() == [b"1"]
+        assert await library.check() == [b"1", b"3"]
 
     async def test_update_in_a_savepoint_that_is_rolled_back(self, library: Library) -> None:
         """What it refused there does not keep the rest from being committed."""
@@ -878,6 +984,60 @@ class TestBulk:
 
         assert await library.check() == [b"1", b"4"]
 
+    @pytest.mark.parametrize("body", [b"2", None])
+    async def test_a_missing_row(self, library: Library, body: bytes | None) -> None:
+        """SQLAlchemy may find fault when the other rows are changed: then COMMIT is forbidden."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        rows = [{"name": name, "body": body and Blob(body)} for name in ("a", "missing")]
+        async with library.session() as session:
+            if library.database.name == "postgresql":  # its driver counts no rows of a list
+                await session.execute(sa.update(Doc), rows)
+                await session.commit()
+                assert await library.check() == ([body] if body else [])
+                return
+            with pytest.raises(sa.orm.exc.StaleDataError):
+                await session.execute(sa.update(Doc), rows)
+            with pytest.raises(TransactionAbortedError, match="half-way"):
+                await session.commit()
+
+        assert await library.check() == [b"1"]
+
+    async def test_an_error_before_it_was_sent(self, library: Library) -> None:
+        """A statement that never reached the database forbids nothing, and keeps nothing."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        rows: list[dict[str, Any]] = [
+            {"name": "a", "body": Blob(b"2")},
+            {"name": "b", "body": "a string"},
+        ]
+        async with library.session() as session:
+            with pytest.raises(StatementError, match="a string"):
+                await session.execute(sa.insert(Doc), rows)
+            session.add(Doc(name="c", body=Blob(b"3")))
+            await session.commit()
+
+        assert await library.check() == [b"1", b"3"]
+
+    async def test_a_row_without_its_key(self, library: Library) -> None:
+        """The error is SQLAlchemy's, and nothing is kept."""
+        async with library.session.begin() as session:
+            with pytest.raises(sa.exc.InvalidRequestError, match="primary key"):
+                await session.execute(sa.update(Doc), [{"body": Blob(b"1")}])
+
+        assert await library.check() == []
+
+    async def test_a_swap_keeps_nothing_of_other_rows(self, library: Library) -> None:
+        """What a bulk UPDATE copies is seen, so that other rows' old objects go."""
+        await library.add(
+            Doc(name="a", body=Blob(b"1")), Doc(name="b", body=Blob(b"2"), scan=Blob(b"3"))
+        )
+        async with library.session.begin() as session:
+            (await session.get_one(Doc, "a")).body = Blob(b"4")
+            await session.execute(
+                sa.update(Doc).where(Doc.name == "b").values(body=Doc.scan, scan=Doc.body)
+            )
+
+        assert await library.check() == [b"2", b"3", b"4"]
+
 
 class TestRefusals:
     """What would store a value that was not uploaded."""
@@ -904,6 +1064,17 @@ class TestRefusals:
                 await session.run_sync(
                     lambda sync: sync.bulk_save_objects([Doc(name="f", body=Blob(b"3"))])
                 )
+
+        assert await library.check() == [b"1"]
+
+    async def test_two_new_objects_in_place_of_a_deleted_one(self, library: Library) -> None:
+        """SQLAlchemy would update the row twice, and nobody would know the first one's object."""
+        await library.add(Doc(name="d", body=Blob(b"1")))
+        async with library.session() as session:
+            await session.delete(await session.get_one(Doc, "d"))
+            session.add_all([Doc(name="d", body=Blob(b"2")), Doc(name="d", body=Blob(b"3"))])
+            with pytest.raises(UnsafeTransactionError, match="primary key"):
+                await session.commit()
 
         assert await library.check() == [b"1"]
 

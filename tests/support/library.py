@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
@@ -147,3 +148,6 @@ async def open_library(
         await connection.run_sync(Base.metadata.drop_all)
         await connection.run_sync(Base.metadata.create_all)
     yield Library(database, store, **arguments)
+    gc.collect()  # what a cancellation has left may hold locks
+    async with database.engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from aioblobcol import Blob, BlobType, Store
-from aioblobcol.testing import assert_consistent
+from aioblobcol.testing import MemoryStore, assert_consistent
 
 from .awaits import CountedTask
 
@@ -64,6 +64,19 @@ COLUMNS: list[Any] = [Doc.body, Doc.draft, Doc.cover, Report.appendix, Page.scan
 Cell = tuple[str, str]
 """A row (``a``, or ``a/1`` for a page) and the name of a column."""
 
+Contents = dict[Cell, bytes]
+
+SEED: Contents = {
+    ("a", "body"): b"body a",
+    ("a", "cover"): b"cover a",
+    ("a/1", "scan"): b"scan 1",
+    ("a/2", "scan"): b"scan 2",
+    ("b", "body"): b"body b",
+    ("b", "cover"): b"cover b",
+    ("r", "body"): b"body r",
+    ("r", "appendix"): b"appendix r",
+}
+
 
 @asynccontextmanager
 async def tables(engine: AsyncEngine) -> AsyncIterator[None]:
@@ -71,10 +84,39 @@ async def tables(engine: AsyncEngine) -> AsyncIterator[None]:
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.drop_all)
         await connection.run_sync(Base.metadata.create_all)
+    collect()
+    gc.freeze()  # what is there already need not be looked at each time
     yield
-    collect()  # see there
+    gc.unfreeze()
+    collect()
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.drop_all)
+
+
+async def seed(factory: async_sessionmaker[AsyncSession], store: MemoryStore) -> Contents:
+    """Bring both stores to where every test starts, and return what they hold."""
+    store.hooks.clear()
+    collect()
+    async with factory.begin() as session:
+        for name in ("pages", "reports", "docs"):
+            await session.execute(sa.delete(Base.metadata.tables[name]))
+        store.objects.clear()
+        session.add_all(
+            [
+                Doc(
+                    key="a",
+                    body=Blob(b"body a"),
+                    cover=Blob(b"cover a"),
+                    pages=[Page(number=n, scan=Blob(b"scan %d" % n)) for n in (1, 2)],
+                ),
+                Doc(key="b", body=Blob(b"body b"), cover=Blob(b"cover b")),
+                Report(key="r", body=Blob(b"body r"), appendix=Blob(b"appendix r")),
+            ]
+        )
+        engine = session.bind
+    assert isinstance(engine, AsyncEngine)
+    assert await contents(store, engine) == SEED
+    return SEED
 
 
 def collect() -> None:

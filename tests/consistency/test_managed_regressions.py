@@ -1,0 +1,421 @@
+"""What hostile reviews lost or leaked with managed sessions, one test for each cause."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm import Session, aliased, make_transient, with_loader_criteria
+from support.databases import Database
+from support.library import Doc, Item, Library, Song, Video, open_library
+
+from aioblobcol import (
+    Blob,
+    BlobSharedError,
+    CommitOutcomeUnknown,
+    TransactionAbortedError,
+    UnsafeTransactionError,
+)
+from aioblobcol._frames import Frames
+from aioblobcol.errors import Outcome
+from aioblobcol.testing import MemoryStore
+
+SHARES = sa.update(Doc).values(scan=Doc.body).execution_options(synchronize_session=False)
+
+
+@pytest_asyncio.fixture
+async def library(database: Database, memory_store: MemoryStore) -> AsyncIterator[Library]:
+    """Give empty tables, on both databases, and sessions that upload."""
+    async with open_library(database, memory_store) as opened:
+        yield opened
+
+
+class TestInheritance:
+    async def test_a_bulk_delete_of_half_a_row(self, library: Library) -> None:
+        """DELETE of a joined subclass leaves the other half, and its object."""
+        await library.add(Video(id=1, preview=Blob(b"p"), film=Blob(b"f")))
+        async with library.session.begin() as session:
+            await session.execute(sa.delete(Video).where(Video.id == 1))
+
+        assert await library.check() == [b"p"]
+
+    async def test_a_bulk_delete_by_the_base(self, library: Library) -> None:
+        """The rows of subclasses in the same table lose their objects, too."""
+        await library.add(Song(id=1, preview=Blob(b"p"), sheet=Blob(b"s")))
+        async with library.session.begin() as session:
+            await session.execute(sa.delete(Item))
+
+        assert await library.check() == []
+
+
+class TestOneObjectInTwoCells:
+    async def test_a_subquery_of_the_same_transaction(self, library: Library) -> None:
+        """A bulk UPDATE may not take what this transaction has given to another row."""
+        await library.add(Doc(name="a"), Doc(name="b"))
+        async with library.session() as session:
+            (await session.get_one(Doc, "a")).body = Blob(b"1")
+            await session.flush()
+            other = aliased(Doc)
+            taken = sa.select(other.body).where(other.name == "a").scalar_subquery()
+            statement = sa.update(Doc).where(Doc.name == "b").values(body=taken)
+            with pytest.raises(BlobSharedError):
+                await session.execute(statement.execution_options(synchronize_session=False))
+
+        assert await library.check() == []
+
+    async def test_one_blob_twice_in_a_statement(self, library: Library) -> None:
+        """It is refused."""
+        blob = Blob(b"1")
+        several = [{"name": "a", "body": blob}, {"name": "b", "body": blob}]
+        for values in (several, {"name": "a", "body": blob, "scan": blob}):
+            async with library.session() as session:
+                with pytest.raises(StatementError) as caught:
+                    await session.execute(sa.insert(Doc).values(values))
+            assert isinstance(caught.value.orig, BlobSharedError)
+
+        assert await library.check() == []
+
+    async def test_an_event_that_copies(self, library: Library) -> None:
+        """A mapper's event that assigns an uploaded blob once more is refused."""
+
+        def copy(_mapper: object, _connection: object, target: Doc) -> None:
+            target.scan = target.body
+
+        sa.event.listen(Doc, "before_insert", copy)
+        try:
+            with pytest.raises(StatementError) as caught:
+                await library.add(Doc(name="d", body=Blob(b"1")))
+        finally:
+            sa.event.remove(Doc, "before_insert", copy)
+
+        assert isinstance(caught.value.orig, BlobSharedError)
+        assert await library.check() == []
+
+    async def test_an_object_made_new_again(self, library: Library) -> None:
+        """What was flushed for one row is copied for the next."""
+        async with library.session.begin() as session:
+            session.add(doc := Doc(name="a", body=Blob(b"1")))
+            await session.flush()
+            session.expunge(doc)
+            make_transient(doc)
+            doc.name = "b"
+            session.add(doc)
+
+        assert await library.check() == [b"1", b"1"]
+
+    async def test_a_refusal_in_a_released_savepoint(self, library: Library) -> None:
+        """It forbids COMMIT although another savepoint is rolled back later."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.session() as session:
+            async with session.begin_nested():
+                with pytest.raises(BlobSharedError):
+                    await session.execute(SHARES)
+            await (await session.begin_nested()).rollback()
+            with pytest.raises(BlobSharedError):
+                await session.commit()
+
+        assert await library.check() == [b"1"]
+
+    async def test_a_refusal_in_a_joined_session(self, library: Library) -> None:
+        """It forbids the owner of the connection to commit."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.engine.connect() as connection:
+            await connection.begin()
+            async with library.session(bind=connection) as session:
+                with pytest.raises(BlobSharedError):
+                    await session.execute(SHARES)
+            with pytest.raises(BlobSharedError):
+                await connection.commit()
+            await connection.rollback()
+
+        assert await library.check() == [b"1"]
+
+
+class TestKeys:
+    async def test_written_otherwise(self, sqlite: Database, memory_store: MemoryStore) -> None:
+        """The database may write a key otherwise than it was asked for."""
+        key: Any = "1"
+        async with open_library(sqlite, memory_store) as library:
+            await library.add(Item(id=1, preview=Blob(b"1")))
+            async with library.session.begin() as session:
+                await session.execute(sa.update(Item), [{"id": key, "preview": Blob(b"2")}])
+            assert await library.check() == [b"2"]
+            async with library.session() as session:
+                session.add(item := Item(id="2", preview=Blob(b"3")))
+                await session.commit()
+                await session.delete(item)
+                await session.commit()
+
+            assert await library.check() == [b"2"]
+
+    async def test_changed_in_bulk(self, library: Library) -> None:
+        """A bulk UPDATE of keys and blobs at once is refused."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.session() as session:
+            with pytest.raises(UnsafeTransactionError, match="primary keys"):
+                await session.execute(sa.update(Doc).values(name="b", body=Blob(b"2")))
+
+        assert await library.check() == [b"1"]
+
+    async def test_twice_in_a_list(self, library: Library) -> None:
+        """The last one stays."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        rows = [{"name": "a", "body": Blob(body)} for body in (b"2", b"3")]
+        async with library.session.begin() as session:
+            await session.execute(sa.update(Doc), rows)
+
+        assert await library.check() == [b"3"]
+
+
+class TestUnseenChanges:
+    async def test_sql_that_copies_before_anything_is_at_stake(self, library: Library) -> None:
+        """The transaction's earlier statements count, too."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.session.begin() as session:
+            await session.execute(
+                sa.text("INSERT INTO docs (name, body) SELECT 'b', body FROM docs")
+            )
+            (await session.get_one(Doc, "a")).body = Blob(b"2")
+
+        assert await library.check() == [b"1", b"2"]
+
+    @pytest.mark.parametrize(
+        "copies",
+        [
+            """INSERT INTO docs (name, body) SELECT 'b', "body" FROM docs WHERE name = 'a'""",
+            "INSERT INTO docs (name, body) SELECT 'b', BODY FROM docs WHERE name = 'a'",
+            "UPDATE docs SET body = (SELECT d.body FROM docs d WHERE name = 'a') WHERE name = 'x'",
+        ],
+    )
+    async def test_sql_that_copies(self, library: Library, copies: str) -> None:
+        """Quoted, in capitals, or in a subquery: what it may have copied is kept."""
+        await library.add(Doc(name="a", body=Blob(b"1")), Doc(name="x"))
+        async with library.session.begin() as session:
+            (await session.get_one(Doc, "x")).scan = Blob(b"3")
+            await session.flush()
+            await session.execute(sa.text(copies))
+            (await session.get_one(Doc, "a")).body = Blob(b"2")
+
+        assert await library.check() == [b"1", b"2", b"3"]
+
+    @pytest.mark.parametrize("moment", ["before_update", "before_flush"])
+    async def test_a_listener_that_empties_a_cell(self, library: Library, moment: str) -> None:
+        """The old object goes, although the flush was about something else."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+
+        def empty(_mapper: object, _connection: object, target: Doc) -> None:
+            target.body = None
+
+        def empty_all(session: Session, _context: object, _instances: object) -> None:
+            for doc in session.dirty:
+                doc.body = None
+
+        async with library.session() as session:
+            target: Any = Doc if moment == "before_update" else session.sync_session
+            listener = empty if moment == "before_update" else empty_all
+            sa.event.listen(target, moment, listener)
+            try:
+                (await session.get_one(Doc, "a")).title = "t"
+                await session.commit()
+            finally:
+                sa.event.remove(target, moment, listener)
+
+        assert await library.check() == []
+
+    @pytest.mark.parametrize("autoflush", [True, False])
+    @pytest.mark.parametrize("moment", ["before_flush", "after_flush"])
+    async def test_a_bulk_statement_in_a_flush(
+        self, library: Library, moment: str, autoflush: bool
+    ) -> None:
+        """A listener may send one; the flush around it is not disturbed."""
+        await library.add(Doc(name="a", body=Blob(b"1")), Doc(name="b", body=Blob(b"2")))
+
+        def update(session: Session, *_: object) -> None:
+            session.execute(sa.update(Doc).where(Doc.name == "b").values(body=Blob(b"4")))
+
+        async with library.session(autoflush=autoflush) as session:
+            sa.event.listen(session.sync_session, moment, update)
+            (await session.get_one(Doc, "a")).body = Blob(b"3")
+            await session.flush()
+            sa.event.remove(session.sync_session, moment, update)
+            await session.commit()
+
+        assert await library.check() == [b"3", b"4"]
+
+
+class TestBulk:
+    async def test_returning_of_nothing(self, library: Library) -> None:
+        """An UPDATE with RETURNING that matches nothing leaves no object."""
+        statement = sa.update(Doc).values(body=Blob(b"1")).returning(Doc.name)
+        async with library.session.begin() as session:
+            assert (await session.scalars(statement)).all() == []
+
+        assert await library.check() == []
+
+    async def test_from_statement(self, library: Library) -> None:
+        """SELECT .. FROM an UPDATE with RETURNING is that UPDATE."""
+        await library.add(*(Doc(name=n, body=Blob(n.encode())) for n in "ab"))
+        update = sa.update(Doc).where(Doc.name == "a").values(body=Blob(b"c")).returning(Doc)
+        async with library.session.begin() as session:
+            doc = (await session.scalars(sa.select(Doc).from_statement(update))).one()
+            assert doc.body is not None
+            assert await doc.body.read() == b"c"
+
+        assert await library.check() == [b"b", b"c"]
+
+    async def test_criteria_of_selects_alone(self, library: Library) -> None:
+        """A listener that hides rows from SELECTs hides none from a bulk DELETE."""
+        await library.add(Doc(name="a", title="gone", body=Blob(b"1")))
+
+        def hide(execute: Any) -> None:
+            if execute.is_select:
+                criteria = with_loader_criteria(Doc, Doc.title != "gone")
+                execute.statement = execute.statement.options(criteria)
+
+        async with library.session() as session:
+            sa.event.listen(session.sync_session, "do_orm_execute", hide)
+            await session.execute(sa.delete(Doc).where(Doc.title == "gone"))
+            await session.commit()
+
+        assert await library.check() == []
+
+    async def test_a_row_that_is_added_meanwhile(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """A bulk UPDATE that hits more rows than were locked is refused, RETURNING or not."""
+        async with open_library(postgres, memory_store) as library:
+            waiting: list[Doc] = []
+
+            def add(_c: object, _cursor: object, text: str, *_: object) -> None:
+                if text.startswith("UPDATE") and waiting:
+                    sa.util.await_only(library.add(waiting.pop()))
+
+            sa.event.listen(postgres.engine.sync_engine, "before_cursor_execute", add)
+            statement: Any = sa.update(Doc).where(sa.func.lower(Doc.title) == "t")
+            statement = statement.values(body=Blob(b"2"), title=None)
+            for each in (statement, statement.returning(Doc.name)):
+                await library.add(Doc(name="a", title="t", body=Blob(b"1")))
+                waiting.append(Doc(name="b", title="T"))
+                async with library.session() as session:
+                    with pytest.raises(UnsafeTransactionError, match="another transaction added"):
+                        await session.execute(each)
+                async with library.session.begin() as session:
+                    await session.execute(sa.delete(Doc))
+            sa.event.remove(postgres.engine.sync_engine, "before_cursor_execute", add)
+
+            assert await library.check() == []
+
+
+class TestEnds:
+    async def test_dropped_in_a_transaction(self, library: Library) -> None:
+        """A session that is dropped is collected: its connection comes back, a warning is given."""
+
+        async def drop() -> None:
+            session = library.session()
+            session.add(Doc(name="d", body=Blob(b"1")))
+            await session.flush()
+
+        with pytest.warns((ResourceWarning, sa.exc.SAWarning)) as warned:
+            await drop()
+            for _ in range(3):  # the session, then what its connection kept
+                gc.collect()
+
+        (left,) = library.store.objects
+        assert any(left in str(each.message) for each in warned)
+        assert library.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        await library.engine.dispose()
+        assert await library.check(orphans=(left,)) == []
+
+    async def test_an_odd_error_after_commit(
+        self, sqlite: Database, memory_store: MemoryStore
+    ) -> None:
+        """COMMIT took effect and something else raised: unknown, and nothing is deleted."""
+        async with open_library(sqlite, memory_store) as library:
+            dialect: Any = sqlite.engine.sync_engine.dialect
+            do_commit = dialect.do_commit
+
+            def lose(connection: object) -> None:
+                dialect.do_commit = do_commit
+                do_commit(connection)
+                raise RuntimeError("lost")
+
+            dialect.do_commit = lose
+            with pytest.raises(CommitOutcomeUnknown):
+                await library.add(Doc(name="d", body=Blob(b"1")))
+
+            assert await library.check() == [b"1"]
+
+    async def test_an_error_after_an_unknown_outcome(
+        self, sqlite: Database, memory_store: MemoryStore
+    ) -> None:
+        """The next transaction's error is its own."""
+        async with open_library(sqlite, memory_store) as library:
+            dialect: Any = sqlite.engine.sync_engine.dialect
+            do_commit = dialect.do_commit
+
+            def lose(connection: object) -> None:
+                dialect.do_commit = do_commit
+                do_commit(connection)
+                raise RuntimeError("lost")
+
+            def fail(_session: Session) -> None:
+                raise ZeroDivisionError
+
+            dialect.do_commit = lose
+            async with library.session() as session:
+                session.add(Doc(name="d", body=Blob(b"1")))
+                with pytest.raises(CommitOutcomeUnknown):
+                    await session.commit()
+                with pytest.raises(ZeroDivisionError):
+                    await session.run_sync(fail)
+
+
+class TestFrames:
+    """The books of a session with two connections."""
+
+    def test_a_savepoint_on_both(self) -> None:
+        """Rolling it back on both undoes what was done in it, and no more."""
+        books = Frames()
+        for uri in ("outer", "inner"):
+            books.create(uri)
+        books.write("outer")
+        books.savepoint("1:a")
+        books.savepoint("2:a")
+        books.write("inner")
+
+        assert books.roll_back_to("1:a") == ("inner",)
+        assert books.roll_back_to("2:a") == ()
+        assert books.written == {"outer"}
+        assert books.settle(Outcome.COMMITTED).compensate == ("inner",)
+
+    @pytest.mark.parametrize("order", [("1:a", "2:a"), ("2:a", "1:a")])
+    def test_released_on_both(self, order: tuple[str, str]) -> None:
+        """Releasing it on both keeps what was done in it, also what forbids COMMIT."""
+        books, error = Frames(), TransactionAbortedError("failed")
+        books.create("inner")
+        books.savepoint("1:a")
+        books.savepoint("2:a")
+        books.write("inner")
+        books.forbid_commit(error)
+        for name in order:
+            books.release(name)
+
+        assert books.written == {"inner"}
+        assert books.poison is error
+
+    def test_one_that_was_set_before(self) -> None:
+        """A savepoint that is older than the books undoes everything, what forbids COMMIT too."""
+        books = Frames()
+        books.create("new")
+        books.write("new")
+        books.supersede("old")
+        books.forbid_commit(TransactionAbortedError("failed"))
+
+        assert books.roll_back_to("1:older") == ("new",)
+        assert books.superseded == frozenset()
+        assert books.poison is None
