@@ -48,8 +48,9 @@ lint-imports: $(VENV)/installed-dev
 lint-compose: $(VENV)/installed-dev
 	$(BIN)/check-jsonschema --builtin-schema $(COMPOSE_SCHEMA) docker-compose.yml
 
-bench: $(VENV)/installed-demo ## time a create and an update against a server with 20 ms latency
+bench: $(VENV)/installed-demo ## time creates and updates, and what managed columns cost in CPU
 	$(BIN)/python benchmarks/create_row.py $(ARGS)
+	$(BIN)/python benchmarks/managed_create.py
 
 build: $(VENV)/installed-dev ## build the wheel and the source archive into dist/
 	rm -rf dist

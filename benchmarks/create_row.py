@@ -73,11 +73,19 @@ class LatencyServer:
 
     def take_counts(self) -> dict[str, int]:
         """Return the requests since the last call, by kind."""
+        counts: dict[str, int] = self._get("/counts")
+        return counts
+
+    def take_peak(self) -> int:
+        """Return the highest number of PUTs under way at one time since the last call."""
+        peak: int = self._get("/peak")
+        return peak
+
+    def _get(self, target: str) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         with contextlib.closing(connection):
-            connection.request("GET", "/counts")
-            counts: dict[str, int] = json.loads(connection.getresponse().read())
-        return counts
+            connection.request("GET", target)
+            return json.loads(connection.getresponse().read())
 
 
 @contextlib.contextmanager

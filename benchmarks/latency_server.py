@@ -2,7 +2,8 @@
 
 A process of its own, so that its work does not count as the client's: it prints its port as the
 first line and ends when its standard input does. It stores nothing. ``GET /counts`` (at once)
-returns the requests since the last such call, as JSON.
+returns the requests since the last such call, as JSON; ``GET /peak`` the highest number of PUTs
+that were under way at one time, from the head of the request to the answer.
 
 Invariants: a client that sends ``Expect: 100-continue`` waits one latency for the 100 and
 another for the answer; bodies have a ``Content-Length``, anything else is refused.
@@ -47,12 +48,37 @@ class Request:
         return "DeleteObjects" if is_bulk_delete else self.method
 
 
+@dataclasses.dataclass(slots=True)
+class Load:
+    """PUTs under way: now, and at most since somebody asked."""
+
+    now: int = 0
+    peak: int = 0
+
+    def begin(self) -> None:
+        """One more."""
+        self.now += 1
+        self.peak = max(self.peak, self.now)
+
+    def end(self) -> None:
+        """One less."""
+        self.now -= 1
+
+    def take_peak(self) -> int:
+        """Return the highest number, and count anew."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection."""
 
-    def __init__(self, *, latency_seconds: float, counts: collections.Counter[str]) -> None:
+    def __init__(
+        self, *, latency_seconds: float, counts: collections.Counter[str], load: Load
+    ) -> None:
         self._latency_seconds = latency_seconds
         self._counts = counts
+        self._load = load
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._request: Request | None = None  # its head was read, its body not yet
@@ -81,6 +107,8 @@ class Connection(asyncio.Protocol):
         pairs = (line.partition(":") for line in lines)
         headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
         self._request = Request(method, target, headers)
+        if self._request.kind == "PUT":
+            self._load.begin()
         if self._request.expects_continue:
             self._counts["Expect"] += 1
             self._send_later(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -98,9 +126,17 @@ class Connection(asyncio.Protocol):
             self._send(_answer("200 OK", json.dumps(self._counts).encode()))
             self._counts.clear()
             return True
+        if request.target == "/peak":
+            self._send(_answer("200 OK", json.dumps(self._load.take_peak()).encode()))
+            return True
         self._counts[request.kind] += 1
-        self._send_later(answer_to(request, body))
+        self._loop.call_later(self._latency_seconds, self._finish, request, body)
         return True
+
+    def _finish(self, request: Request, body: bytes) -> None:
+        if request.kind == "PUT":
+            self._load.end()
+        self._send(answer_to(request, body))
 
     def _send_later(self, data: bytes) -> None:
         self._loop.call_later(self._latency_seconds, self._send, data)
@@ -137,9 +173,12 @@ def _answer(status: str, body: bytes, **headers: str) -> bytes:
 async def serve(*, latency_seconds: float) -> None:
     """Serve on a free port until standard input ends."""
     counts: collections.Counter[str] = collections.Counter()
+    load = Load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Connection(latency_seconds=latency_seconds, counts=counts), "127.0.0.1", 0
+        lambda: Connection(latency_seconds=latency_seconds, counts=counts, load=load),
+        "127.0.0.1",
+        0,
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:

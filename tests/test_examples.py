@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from support.postgres_proxy import CutMode, postgres_proxy
 from support.s3_proxy import Forward, Request, S3Proxy, answer, s3_proxy
 
-from aioblobcol import S3Store
+from aioblobcol import Blob, S3Store
 from aioblobcol.aws_s3 import drain
 from aioblobcol.testing import S3Server, assert_consistent
 
@@ -33,6 +33,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG first"}
 SECOND = {"html": b"<p>second</p>", "image": b"\x89PNG second"}
+CONTENT_TYPES = {"html": "text/html", "image": "image/png"}
 
 
 def load(name: str) -> ModuleType:
@@ -62,8 +63,13 @@ class Place:
             rows = await connection.execute(sa.select(key, entity.html, entity.image))
         await engine.dispose()
         return {
-            name: {"html": found.get(html), "image": found.get(image)} for name, html, image in rows
+            name: {"html": found.get(uri_of(html)), "image": found.get(uri_of(image))}
+            for name, html, image in rows
         }
+
+
+def uri_of(value: str | Blob | None) -> Any:
+    return value.uri if isinstance(value, Blob) else value
 
 
 @contextlib.asynccontextmanager
@@ -148,7 +154,10 @@ async def serve_aiohttp(module: Any) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-@pytest.fixture(params=["fastapi_app", "aiohttp_app"])
+EXPLICIT = ["fastapi_app", "aiohttp_app"]
+
+
+@pytest.fixture(params=[*EXPLICIT, "managed_fastapi"])
 def example(request: pytest.FixtureRequest) -> str:
     """Name each application in turn."""
     name: str = request.param
@@ -170,7 +179,7 @@ def form(files: dict[str, bytes], **fields: str) -> dict[str, Any]:
     """Return a multipart request's body."""
     return {
         "data": {"title": "a title", **fields},
-        "files": {column: (column, body) for column, body in files.items()},
+        "files": {column: (column, body, CONTENT_TYPES[column]) for column, body in files.items()},
     }
 
 
@@ -190,7 +199,8 @@ class TestApplications:
 
         assert (created.status_code, created.json()["name"]) == (201, "home")
         assert row.json()["title"] == "a title"
-        assert row.json()["html"].startswith(f"s3://{place.store.bucket}/pages/")
+        shows_uri = f"s3://{place.store.bucket}/pages/" in row.text
+        assert shows_uri == (example in EXPLICIT)
         assert (html.content, image.content) == (FIRST["html"], FIRST["image"])
         assert html.headers["content-type"].startswith("text/html")
         assert image.headers["content-type"] == "image/png"
@@ -286,14 +296,15 @@ class TestApplications:
         assert left == ({} if deleted.status_code == 204 else {"home": SECOND})
 
 
-class TestTrouble:
-    @pytest_asyncio.fixture
-    async def proxy(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[S3Proxy]:
-        """Put a proxy between the application and S3."""
-        async with s3_proxy(place.s3.endpoint_url) as proxy:
-            monkeypatch.setenv("S3_ENDPOINT_URL", proxy.endpoint_url)
-            yield proxy
+@pytest_asyncio.fixture
+async def proxy(place: Place, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[S3Proxy]:
+    """Put a proxy between the application and S3."""
+    async with s3_proxy(place.s3.endpoint_url) as proxy:
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.endpoint_url)
+        yield proxy
 
+
+class TestTrouble:
     async def test_a_refused_upload_is_502(
         self, example: str, place: Place, proxy: S3Proxy
     ) -> None:
@@ -363,6 +374,105 @@ async def test_a_lost_answer_to_commit_is_503(
 
     assert lost.status_code == 503
     assert read == kept
+
+
+class TestManaged:
+    """What only the application with managed columns does."""
+
+    async def test_the_list_describes(self, place: Place, proxy: S3Proxy) -> None:
+        """GET of all pages tells size, type and file name, no URI, and asks S3 for nothing."""
+        app = load("managed_fastapi")
+        async with running(app) as client:
+            await create(client, "b")
+            await client.post(
+                "/pages",
+                data={"name": "a", "title": "t"},
+                files={"html": ("ä.html", b"<p>", "text/html")},
+            )
+            asked: list[str] = []
+
+            async def note(request: Request, forward: Forward) -> bytes:
+                asked.append(request.method)
+                return await forward()
+
+            proxy.rule = note
+            listed = await client.get("/pages")
+
+        html = {"size": 3, "content_type": "text/html", "filename": "ä.html"}
+        assert listed.json()[0] == {"name": "a", "title": "t", "html": html, "image": None}
+        assert listed.json()[1]["image"]["size"] == len(FIRST["image"])
+        assert asked == []
+
+    async def test_an_image_is_emptied(self, place: Place) -> None:
+        """PUT without a picture deletes the old one."""
+        app = load("managed_fastapi")
+        async with running(app) as client:
+            await create(client)
+            emptied = await client.put("/pages/home", **form({"html": b"<p>"}))
+            gone = await client.get("/pages/home/image")
+
+        assert (emptied.status_code, gone.status_code) == (200, 404)
+        assert await place.contents(app.Page) == {"home": {"html": b"<p>", "image": None}}
+
+    @pytest.mark.parametrize(
+        ("file", "status"),
+        [
+            (("a.exe", b"MZ", "application/x-msdownload"), 415),
+            (("a.png", b"0" * (10 * 2**20 + 1), "image/png"), 413),
+        ],
+        ids=["type", "size"],
+    )
+    async def test_what_the_column_refuses(
+        self, place: Place, file: tuple[str, bytes, str], status: int
+    ) -> None:
+        """A picture that is none, or too large, is refused, and the page is as it was."""
+        app = load("managed_fastapi")
+        async with running(app) as client:
+            await create(client)
+            files = {"html": ("a.html", b"<p>", "text/html"), "image": file}
+            refused = await client.put("/pages/home", data={"title": "t"}, files=files)
+
+        assert refused.status_code == status
+        assert await place.contents(app.Page) == {"home": FIRST}
+
+    async def test_deleted_while_it_is_uploaded(self, place: Place, proxy: S3Proxy) -> None:
+        """PUT of a page that another request deletes meanwhile answers 409, and leaves nothing."""
+        uploading, deleted = asyncio.Event(), asyncio.Event()
+
+        async def hold_uploads(request: Request, forward: Forward) -> bytes:
+            if request.method == "PUT":
+                uploading.set()
+                await deleted.wait()
+            return await forward()
+
+        app = load("managed_fastapi")
+        async with running(app) as client:
+            await create(client)
+            proxy.rule = hold_uploads
+            update = asyncio.create_task(client.put("/pages/home", **form(SECOND)))
+            await uploading.wait()
+            assert (await client.delete("/pages/home")).status_code == 204
+            deleted.set()
+            late = await update
+
+        assert late.status_code == 409
+        assert await place.contents(app.Page) == {}
+
+    async def test_replaced_before_it_is_read(self, place: Place, proxy: S3Proxy) -> None:
+        """GET of an object that was replaced after its row was read answers 503."""
+
+        async def gone(request: Request, forward: Forward) -> bytes:
+            if request.method == "GET":
+                return answer("404 Not Found", "NoSuchKey")
+            return await forward()
+
+        app = load("managed_fastapi")
+        async with running(app) as client:
+            await create(client)
+            proxy.rule = gone
+            read = await client.get("/pages/home/html")
+
+        assert read.status_code == 503
 
 
 class TestHandWritten:

@@ -1,18 +1,17 @@
 """The README: every code block runs, every table is that of the code, every claim has its test.
 
-A block is named by a comment above it, ``<!-- block: name -->``, and run by the test that is
-marked ``@runs(name)``. What a reader has in front of them from earlier blocks (the model, the
-imports of the handler) is predefined; after a block both stores are asked whether they agree.
+How blocks are named and run is said in `support.pages`. What a reader has in front of them from
+earlier blocks (the model, the imports of the handler) is predefined; after a block both stores
+are asked whether they agree.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
-import contextlib
 import dataclasses
-import functools
 import inspect
+import json
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -34,18 +33,38 @@ import sqlalchemy as sa
 import typer.main
 from aiobotocore.session import get_session
 from aiohttp.test_utils import TestClient, TestServer
+from alembic.autogenerate.api import render_python_code
+from alembic.operations.ops import CreateTableOp, UpgradeOps
+from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from support.pages import (
+    BUCKET,
+    PREFIX,
+    README,
+    ROOT,
+    Block,
+    Page,
+    Place,
+    check_claims,
+    managed_in_memory,
+    open_place,
+)
 
 from aioblobcol import (
+    Blob,
+    BlobNotUploadedError,
     BlobNotWrittenError,
+    BlobSharedError,
     BlobTransaction,
+    BlobType,
+    BlobUnboundError,
     Outcome,
     PutS3ApiCall,
     ResultSpentError,
     S3Store,
     UnsafeTransactionError,
     blob_transaction,
-    guard,
     open_store,
     put_s3,
 )
@@ -57,144 +76,10 @@ from aioblobcol.aws_s3 import drain, encode_pk, get_s3_key
 from aioblobcol.cli._commands import app as command_line
 from aioblobcol.testing import MemoryStore, S3Server, Step, assert_consistent, s3_server
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BUCKET, PREFIX = "my-bucket", "tasks"  # as the README calls them
-
-
-# --- the blocks --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block: its name, its language, its text and the line on which that begins."""
-
-    name: str
-    language: str
-    text: str
-    line: int
-
-    @property
-    def commands(self) -> list[list[str]]:
-        lines = self.text.splitlines()
-        assert all(line.startswith("$ ") for line in lines)
-        return [shlex.split(line.removeprefix("$ ")) for line in lines]
-
-
-def read_blocks() -> Iterator[Block]:
-    above, opened = "", 0
-    language, lines = "", list[str]()
-    for number, line in enumerate(TEXT.splitlines(), start=1):
-        if not line.startswith("```") and opened:
-            lines.append(line)
-        elif opened:
-            named = re.fullmatch(r"<!-- block: (\S+) -->", above)
-            name = named[1] if named else f"the block without a name on line {opened}"
-            yield Block(name, language, "\n".join(lines), opened + 1)
-            opened = 0
-        elif line.startswith("```"):
-            language, lines, opened = line.removeprefix("```"), [], number
-        else:
-            above = line
-    assert not opened, "the last block is not closed"
-
-
-BLOCKS = list(read_blocks())
-RUNNERS: list[str] = []
-
-
-def runs(name: str) -> pytest.MarkDecorator:
-    """Hand the README's block to a test, which is then its runner."""
-    RUNNERS.append(name)
-    found = [block for block in BLOCKS if block.name == name]
-    return pytest.mark.parametrize("block", found or [Block(name, "", "", 0)], ids=[name])
-
-
-async def execute(block: Block, names: dict[str, Any]) -> None:
-    """Run a block of Python, with `await` at its top level, in *names*."""
-    source = "\n" * (block.line - 1) + (block.text or "raise AssertionError('no such block')")
-    code = compile(
-        source, str(README), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
-    )
-    running = eval(code, names)  # noqa: S307 - the project's own README
-    if inspect.iscoroutine(running):
-        await running
-
-
-def table(first_column: str) -> list[list[str]]:
-    """Return the rows of the table whose first column has this title, without formatting."""
-    found = re.search(
-        rf"^\| {re.escape(first_column)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", TEXT, re.MULTILINE
-    )
-    assert found is not None, f"no table {first_column!r}"
-    return [
-        [cell.strip().strip("`") for cell in row.strip("|").split("|")]
-        for row in found[1].splitlines()
-    ]
 
 
 # --- where they run ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Place:
-    """The names that a reader has in front of them, and both stores."""
-
-    names: dict[str, Any]
-
-    async def run(self, block: Block, **hidden: Any) -> None:
-        self.names.update(hidden)
-        await execute(block, self.names)
-
-    def session(self) -> AsyncSession:
-        session: AsyncSession = self.names["Session"]()
-        return session
-
-    async def add(self, url: str = "u", **binaries: bytes) -> Any:
-        """Create a row and return it."""
-        task_class, store = self.names["Task"], self.names["store"]
-        calls = [PutS3ApiCall(column, binary, None) for column, binary in binaries.items()]
-        async with self.session() as session, blob_transaction(session, store=store) as tx:
-            put = await tx.put_s3(pk=url, api_calls=calls)
-            session.add(task := task_class(url=url, **put.to_values()))
-        return task
-
-    async def contents(
-        self, store: Any = None, *, orphans: tuple[str, ...] = ()
-    ) -> dict[str, tuple[bytes | None, bytes | None]]:
-        """Return the bytes of every row, after asking whether both stores agree."""
-        task = self.names["Task"]
-        found = await assert_consistent(
-            store or self.names["store"],
-            self.names["engine"],
-            [task.html, task.image],
-            orphans=orphans,
-        )
-        async with self.names["engine"].connect() as connection:
-            rows = await connection.execute(sa.select(task.url, task.html, task.image))
-            return {url: (found.get(html), found.get(image)) for url, html, image in rows}
-
-
-@contextlib.asynccontextmanager
-async def open_place() -> AsyncIterator[Place]:
-    """Run the README's model and make its table, in the current directory."""
-    (model,) = (block for block in BLOCKS if block.name == "model")
-    names: dict[str, Any] = {
-        "__name__": "readme",
-        "PutS3ApiCall": PutS3ApiCall,
-        "blob_transaction": blob_transaction,
-        "delete": sa.delete,
-        "guard": guard,
-        "update": sa.update,
-    }
-    await execute(model, names)
-    async with names["engine"].begin() as connection:
-        await connection.run_sync(names["Base"].metadata.create_all)
-    engine = names["engine"]
-    yield Place(names)
-    await engine.dispose()
 
 
 @pytest_asyncio.fixture
@@ -243,21 +128,11 @@ async def s3_place(
 class TestBlocks:
     def test_every_block_has_a_runner(self) -> None:
         """No block of the README goes untested, and no test runs a block that is not there."""
-        assert sorted(RUNNERS) == sorted(block.name for block in BLOCKS)
+        assert sorted(README.runners) == sorted(block.name for block in README.blocks)
 
     def test_links_lead_somewhere(self) -> None:
-        """Every link names a file of the project or a heading of the README."""
-        headings = {
-            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-            for title in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-        }
-        targets = re.findall(r"\]\(([^)]+)\)", TEXT)
-
-        assert targets
-        for target in targets:
-            path, _, anchor = target.partition("#")
-            assert (ROOT / path).exists(), target
-            assert not anchor or anchor in headings, target
+        """Every link names a file of the project, and a heading where it says so."""
+        README.check_links()
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -289,14 +164,14 @@ def extras_named(requirement: str) -> set[str]:
 
 
 class TestCommands:
-    @runs("make")
+    @README.runs("make")
     def test_make_has_the_targets(self, block: Block, tmp_path: Path) -> None:
         """Both targets are there."""
         assert block.commands == [["make", "demo"], ["make", "test"]]
         assert steps_of("demo", tmp_path)
         assert steps_of("test", tmp_path)
 
-    @runs("plain-demo")
+    @README.runs("plain-demo")
     def test_the_demos_plain_commands(self, block: Block, tmp_path: Path) -> None:
         """They are those that `make demo` runs, and the demo succeeds."""
         assert block.commands == steps_of("demo", tmp_path)
@@ -313,12 +188,12 @@ class TestCommands:
         )
         assert finished.returncode == 0, finished.stderr
 
-    @runs("plain-test")
+    @README.runs("plain-test")
     def test_the_tests_plain_commands(self, block: Block, tmp_path: Path) -> None:
         """They are those that `make test` runs."""
         assert block.commands == steps_of("test", tmp_path)
 
-    @runs("demo-on-servers")
+    @README.runs("demo-on-servers")
     def test_the_demos_options(self, block: Block) -> None:
         """The demo takes every option that is shown."""
         ((program, command, *arguments),) = block.commands
@@ -328,7 +203,7 @@ class TestCommands:
         assert Path(program).name == "aioblobcol"
         assert set(arguments[1::2]) <= {str(value) for value in context.params.values()}
 
-    @runs("install")
+    @README.runs("install")
     def test_the_extras_are_there(self, block: Block) -> None:
         """The extra that is shown exists, and the table lists all of them."""
         ((*command, requirement),) = block.commands
@@ -336,14 +211,14 @@ class TestCommands:
 
         assert command == ["python3", "-m", "pip", "install"]
         assert extras_named(requirement) <= extras
-        assert [row[0] for row in table("Extra")] == list(PROJECT["optional-dependencies"])
+        assert [row[0] for row in README.table("Extra")] == list(PROJECT["optional-dependencies"])
 
 
 # --- the handlers ------------------------------------------------------------------------------
 
 
 class TestHandlers:
-    @runs("model")
+    @README.runs("model")
     async def test_the_model(self, block: Block, bucket: S3Store, s3_place: Place) -> None:
         """The model's columns take URIs, and its store opens from the environment alone."""
         assert block.language == "python"
@@ -352,7 +227,7 @@ class TestHandlers:
 
         assert await s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
 
-    @runs("fastapi")
+    @README.runs("fastapi")
     async def test_fastapi(self, block: Block, bucket: S3Store, s3_place: Place) -> None:
         """Over HTTP: create, create again, replace, replace at the same time, delete."""
         await s3_place.run(block)
@@ -386,7 +261,7 @@ class TestHandlers:
         assert seen[2]["u"][0] in winners
         assert await s3_place.contents(bucket) == {}
 
-    @runs("aiohttp")
+    @README.runs("aiohttp")
     async def test_aiohttp(self, block: Block, bucket: S3Store, s3_place: Place) -> None:
         """Over HTTP, on a real port: create, create again, replace, delete."""
         await s3_place.run(block)
@@ -409,14 +284,380 @@ class TestHandlers:
         assert await s3_place.contents(bucket) == {}
 
 
+# --- managed columns ---------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def managed_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    """Give the README's managed model on a SQLite file, with a store in memory."""
+    monkeypatch.chdir(tmp_path)
+    async with managed_in_memory() as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture
+async def managed_s3_place(
+    bucket: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Place]:
+    """Give the README's managed model as it stands there."""
+    monkeypatch.chdir(tmp_path)
+    async with open_place("managed") as opened:
+        yield opened
+
+
+class TestManaged:
+    @README.runs("managed")
+    async def test_the_model(self, block: Block, bucket: S3Store, managed_s3_place: Place) -> None:
+        """The model's columns take blobs, and its store opens from the environment alone."""
+        assert block.language == "python"
+        async with managed_s3_place.names["store"]:
+            await managed_s3_place.add_managed("u", html=b"<p>", image=b"PNG")
+
+        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+
+    @README.runs("managed-create")
+    async def test_create(
+        self, block: Block, bucket: S3Store, managed_s3_place: Place, tmp_path: Path
+    ) -> None:
+        """Two uploads and a row; and the bytes are read after the session was closed."""
+        (tmp_path / "cat.png").write_bytes(b"PNG")
+        await managed_s3_place.run(block, url="u", page=b"<p>")
+
+        assert managed_s3_place.names["data"] == b"<p>"
+        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+
+    @README.runs("managed-replace")
+    async def test_replace(self, block: Block, managed_place: Place) -> None:
+        """One row has the new object only, the other one is gone with its objects."""
+        await managed_place.add_managed("u", "other", html=b"1", image=b"PNG")
+        await managed_place.run(block)
+
+        assert await managed_place.contents() == {"u": (b"<p>", None)}
+
+    @README.runs("managed-copy")
+    async def test_copy(self, block: Block, managed_place: Place) -> None:
+        """The copy has an object of its own, and so has what was moved; nothing was read."""
+        await managed_place.add_managed("u", html=b"1")
+        await managed_place.add_managed("other", html=b"2")
+        store = managed_place.names["store"]
+        store.calls.clear()
+        await managed_place.run(block)
+
+        assert sorted(operation for operation, _ in store.calls) == ["copy", "copy", "delete"]
+        assert await managed_place.contents() == {
+            "u": (None, None),
+            "other": (b"1", None),
+            "third": (b"1", None),
+        }
+
+    @README.runs("managed-read")
+    async def test_read(
+        self, block: Block, managed_place: Place, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Streams, a description and a link of a loaded blob; and one that is not bound."""
+        await managed_place.add_managed("u", html=b"12345")
+        async with managed_place.session() as session:
+            task = await session.get_one(managed_place.names["Task"], "u")
+        await managed_place.run(block, task=task)
+
+        assert capsys.readouterr().out.split() == ["5", "text/html"]
+        assert managed_place.names["data"] == b"12345"
+        assert managed_place.names["link"].endswith("?expires_in=300")
+        with pytest.raises(BlobUnboundError):
+            await managed_place.names["html"].read()
+
+    @README.runs("managed-bulk")
+    async def test_bulk(self, block: Block, managed_place: Place) -> None:
+        """Every row has an object of its own, and deleted rows leave none."""
+        await managed_place.add_managed("u", "old/1", html=b"1")
+        await managed_place.add_managed("old/2", html=b"1", image=b"PNG")
+        async with managed_place.session() as session:
+            task = await session.get_one(managed_place.names["Task"], "old/2")
+        await managed_place.run(block, task=task, names=["a", "b"])
+
+        assert await managed_place.contents() == {
+            "u": (b"<p>", None),
+            "a": (b"<p>", None),
+            "b": (b"<p>", None),
+            "old/2": (b"1", b"PNG"),
+        }
+
+    async def test_one_object_for_several_rows(self, managed_place: Place) -> None:
+        """An UPDATE that would put one object into several rows is refused."""
+        await managed_place.add_managed("a", "b", html=b"1")
+        async with managed_place.session() as session:
+            with pytest.raises(BlobSharedError):
+                await session.execute(
+                    sa.update(managed_place.names["Task"]).values(html=Blob(b"2"))
+                )
+
+        assert await managed_place.contents() == {"a": (b"1", None), "b": (b"1", None)}
+
+    @README.runs("managed-ahead")
+    async def test_upload_ahead(self, block: Block, managed_place: Place) -> None:
+        """No connection is held while the bytes travel, unlike in the plain flush."""
+        await managed_place.add_managed("u", html=b"1")
+        held = []
+        pool = managed_place.names["engine"].pool
+
+        async def look(step: Step) -> None:
+            if step.operation == "put":
+                held.append(pool.checkedout())
+
+        managed_place.names["store"].hooks.append(look)
+        await managed_place.run(block)
+        async with managed_place.session() as session:
+            task = await session.get_one(managed_place.names["Task"], "u")
+            task.html = Blob(b"2")
+            await session.commit()
+
+        assert held == [0, 0, 1, 1]
+        assert await managed_place.contents() == {"u": (b"2", None)}
+
+    @README.runs("managed-fastapi")
+    async def test_fastapi(self, block: Block, bucket: S3Store, managed_s3_place: Place) -> None:
+        """Over HTTP: create, create again, replace, read, delete."""
+        place = managed_s3_place
+        await place.run(block)
+        app = place.names["app"]
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        seen = []
+
+        async def send(method: str, html: bytes | None = None) -> httpx.Response:
+            files = None if html is None else {"html": ("a.html", html, "text/html")}
+            return await client.request(method, "/tasks", params={"url": "u"}, files=files)
+
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            assert (await send("PUT", b"0")).status_code == 404
+            assert (await send("POST", b"1")).status_code == 201
+            assert (await send("POST", b"2")).status_code == 500  # no answer for IntegrityError
+            seen.append(await place.contents(bucket))
+            assert (await send("PUT", b"3")).status_code == 200
+            seen.append(await place.contents(bucket))
+            assert (await send("GET")).content == b"3"
+            assert (await send("DELETE")).status_code == 204
+            assert (await send("GET")).status_code == 404
+
+        assert seen == [{"u": (b"1", None)}, {"u": (b"3", None)}]
+        assert await place.contents(bucket) == {}
+
+    @README.runs("managed-pydantic")
+    async def test_pydantic(self, block: Block, managed_place: Place) -> None:
+        """A form with a file is taken and described; a URI in its place is refused."""
+        place = managed_place
+        await place.run(block, app=(app := FastAPI()))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            files = {"html": ("a.html", b"<p>", "text/html")}
+            created = await client.post("/forms", data={"url": "u"}, files=files)
+            fields = {"url": "v", "html": "s3://my-bucket/tasks/x"}
+            refused = await client.post("/forms", data=fields, files={"other": b""})
+        async with place.session() as session:
+            task = await session.get_one(place.names["Task"], "u")
+        loaded = place.names["TaskOut"].model_validate(task)
+
+        html = {"size": 3, "content_type": "text/html", "filename": "a.html"}
+        assert (created.status_code, created.json()) == (201, {"url": "u", "html": html})
+        assert refused.status_code == 422
+        assert json.loads(loaded.model_dump_json())["html"] == dict.fromkeys(html)
+        with_uri = json.loads(loaded.model_dump_json(context={"blob_uri": True}))
+        assert with_uri["html"]["uri"] == task.html.uri
+        assert await place.contents() == {"u": (b"<p>", None)}
+
+    async def test_from_uri(self, managed_place: Place) -> None:
+        """An object that is there already is copied into a row, and stays."""
+        await managed_place.add_managed("u", html=b"1")
+        async with managed_place.session() as session:
+            task = await session.get_one(managed_place.names["Task"], "u")
+            blob = Blob.from_uri(task.html.uri)
+            session.add(managed_place.names["Task"](url="v", html=blob))
+            await session.commit()
+
+        assert await managed_place.contents() == {"u": (b"1", None), "v": (b"1", None)}
+
+    @README.runs("managed-columns")
+    async def test_columns(self, block: Block, managed_place: Place) -> None:
+        """Each blob is in its store, under its prefix; size and URI can be asked for."""
+        place = managed_place
+        async with MemoryStore(bucket="my-archive", prefix="") as archive:
+            await place.run(block, open_store=lambda bucket: archive)
+            async with place.names["engine"].begin() as connection:
+                await connection.run_sync(place.names["Base"].metadata.create_all)
+            async with place.session() as session:
+                for size in (1, 2**20 + 1):
+                    page, original = Blob(bytes(size)), Blob(b"TIFF")
+                    session.add(place.names["Scan"](tenant="42", page=page, original=original))
+                await session.commit()
+                large = (await session.scalars(place.names["large"])).one()
+                uris = (await session.scalars(place.names["uris"])).all()
+
+            assert large.page.size == 2**20 + 1
+            assert sorted(uris) == sorted(place.names["store"].objects)
+            assert len(archive.objects) == 2
+            for uri, stored in archive.objects.items():
+                assert uri.startswith("s3://my-archive/tenants/42/scans/col=original/id=")
+                assert stored.arguments["StorageClass"] == "STANDARD_IA"
+
+    def test_options_of_a_column(self) -> None:
+        """The table has every option with its default."""
+        rows = {name: default for name, default, _ in README.table("`BlobType`")}
+        parameters = inspect.signature(BlobType).parameters.values()
+
+        assert rows == {each.name: default_of(each) for each in parameters}
+
+    async def test_a_type_annotation_map(self, managed_place: Place) -> None:
+        """`Mapped[Blob]` alone makes a managed column."""
+
+        class Mapping(DeclarativeBase):
+            type_annotation_map: ClassVar = {Blob: BlobType()}
+
+        class Note(Mapping):
+            __tablename__ = "notes"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            text: Mapped[Blob]
+
+        async with managed_place.names["engine"].begin() as connection:
+            await connection.run_sync(Mapping.metadata.create_all)
+        async with managed_place.session() as session:
+            session.add(Note(text=Blob(b"1")))
+            await session.commit()
+
+        store, engine = managed_place.names["store"], managed_place.names["engine"]
+        assert list((await assert_consistent(store, engine, [Note.text])).values()) == [b"1"]
+
+    @README.runs("managed-sessions")
+    async def test_sessions_that_are_there_already(
+        self, block: Block, managed_place: Place
+    ) -> None:
+        """Each of them uploads."""
+        place = managed_place
+        await place.run(block)
+        factories = {
+            "a": place.names["yours"],
+            "b": place.names["scoped"],
+            "c": place.names["of_sqlmodel"],
+            "d": place.names["of_advanced_alchemy"].get_session,
+        }
+        for url, factory in factories.items():
+            async with factory() as session:
+                session.add(place.names["Task"](url=url, html=Blob(b"1")))
+                await session.commit()
+        await place.names["scoped"].remove()
+
+        assert await place.contents() == dict.fromkeys(factories, (b"1", None))
+
+    @README.runs("managed-enlist")
+    async def test_enlist(self, block: Block, managed_place: Place) -> None:
+        """Both ways are committed at once, and the old object is gone."""
+        await managed_place.add_managed("u", html=b"1")
+        (old_uri,) = managed_place.names["store"].objects
+        await managed_place.run(block, old_uri=old_uri, update=sa.update)
+
+        assert await managed_place.contents() == {"u": (b"<p>", None), "b": (b"<p>", None)}
+
+    @README.runs("managed-alembic")
+    async def test_alembic(
+        self, block: Block, managed_place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What env.py configures renders plain types."""
+        given: dict[str, Any] = {}
+        monkeypatch.setattr("alembic.context.configure", given.update, raising=False)
+        metadata = managed_place.names["Base"].metadata
+        await managed_place.run(block, connection=None)
+        create = CreateTableOp.from_table(given["target_metadata"].tables["tasks"])
+        text = render_python_code(UpgradeOps([create]), render_item=given["render_item"])
+
+        assert given["target_metadata"] is metadata
+        assert "sa.Column('html', sa.Text(), nullable=True)" in text
+        assert "aioblobcol" not in text
+        assert "Blob" not in text
+
+    async def test_a_session_that_does_not_upload(self, managed_place: Place) -> None:
+        """It refuses a pending blob, and drops no bytes in silence."""
+        async with AsyncSession(managed_place.names["engine"]) as session:
+            session.add(managed_place.names["Task"](url="u", html=Blob(b"1")))
+            with pytest.raises(sa.exc.StatementError) as caught:
+                await session.commit()
+
+        assert isinstance(caught.value.orig, BlobNotUploadedError)
+        assert await managed_place.contents() == {}
+
+
+# --- compared with others ----------------------------------------------------------------------
+
+COMPARISON = Page(ROOT / "examples/comparison/README.md")
+
+
+class TestComparison:
+    def test_the_figures_are_those_of_the_run(self) -> None:
+        """They count the cells of the table that the last run has printed."""
+        head = re.search(r"^\| Scenario \|(.*)\|$", COMPARISON.text, re.MULTILINE)
+        assert head is not None
+        columns = [name.strip() for name in head[1].split("|")]
+        cells = [row[1:] for row in COMPARISON.table("Scenario")]
+        counted = [
+            [name, *(str([verdict(row[n]) for row in cells].count(what)) for what in VERDICTS)]
+            for n, name in enumerate(columns)
+        ]
+
+        said = [[row[0].partition(" (")[0], *row[1:]] for row in README.table("Library")]
+        assert said == counted
+        assert f"plays {len(cells)} programs" in README.text
+
+    def test_the_scenarios_are_those_that_are_there(self) -> None:
+        """The last run has played every scenario that the comparison has now."""
+        tree = ast.parse((ROOT / "examples/comparison/scenarios.py").read_text(encoding="utf-8"))
+        functions = {
+            each.name: ast.get_docstring(each)
+            for each in tree.body
+            if isinstance(each, ast.AsyncFunctionDef) and not each.name.startswith("_")
+        }
+
+        assert [row[0] for row in COMPARISON.table("Scenario")] == list(functions.values())
+
+    @pytest.mark.slow
+    def test_our_column_is_printed_today(self) -> None:
+        """The comparison prints for this library what stands there, without its peers, too."""
+        finished = subprocess.run(
+            [sys.executable, "compare.py"],
+            cwd=ROOT / "examples/comparison",
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        printed = dict.fromkeys(row[0] for row in COMPARISON.table("Scenario"))
+        for line in finished.stdout.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if cells[0] in printed:
+                printed[cells[0]] = cells[-1]
+
+        assert printed == {row[0]: row[-1] for row in COMPARISON.table("Scenario")}
+
+
+VERDICTS = ("ok", "LEAK", "LOSS", "n/a")
+
+
+def verdict(cell: str) -> str:
+    """Return the worst thing that a cell tells."""
+    return next(what for what in ("LOSS", "LEAK", "n/a", "ok") if what in cell)
+
+
 # --- what is guaranteed ------------------------------------------------------------------------
 
 FAILURES, OUTCOMES = "consistency/test_failures.py", "consistency/test_outcomes.py"
 CANCELLED, S3 = "consistency/test_cancellation.py", "integration/test_s3_store.py"
+MANAGED = "consistency/test_managed_sessions.py"
+FACTORIES = "integration/test_session_factories.py"
+MANAGED_CANCELLED = "consistency/test_managed_cancellation.py"
 SHOWN_BY = {
     "An upload is refused": [
         (S3, "test_access_denied"),
         (FAILURES, "test_one_of_several_uploads_fails"),
+        (MANAGED, "test_an_upload_that_fails"),
     ],
     "One of several uploads fails": [
         (FAILURES, "test_one_of_several_uploads_fails"),
@@ -429,12 +670,18 @@ SHOWN_BY = {
     "Cancelled before or during an upload": [
         (CANCELLED, "test_at_every_await"),
         (CANCELLED, "test_while_a_request_is_on_the_wire"),
+        (MANAGED_CANCELLED, "test_at_every_await"),
+        (MANAGED_CANCELLED, "test_while_a_request_is_on_the_wire"),
     ],
-    "Cancelled during a statement": [(CANCELLED, "test_at_every_await")],
+    "Cancelled during a statement": [
+        (CANCELLED, "test_at_every_await"),
+        (MANAGED_CANCELLED, "test_at_every_await"),
+    ],
     "Cancelled during COMMIT": [
         (CANCELLED, "test_the_outcome_stays_known"),
         (OUTCOMES, "test_cancelled_while_the_answer_is_under_way"),
         (OUTCOMES, "test_cancelled_and_then_the_answer_is_lost"),
+        (MANAGED, "test_a_cancelled_commit_is_run_to_its_end"),
     ],
     "Cancelled during the clean-up": [
         (CANCELLED, "test_while_a_request_is_on_the_wire"),
@@ -443,48 +690,74 @@ SHOWN_BY = {
     "The handler raises": [
         ("integration/test_five_scenarios.py", "test_create_fails"),
         (FAILURES, "test_new_objects_of_a_failed_block_are_not_left_to_the_background"),
+        (MANAGED, "test_an_error_in_the_block"),
     ],
-    "A flush or a statement fails": [(FAILURES, "test_double_submit")],
+    "A flush or a statement fails": [
+        (FAILURES, "test_double_submit"),
+        (MANAGED, "test_integrity_error"),
+    ],
     "A statement fails and its error is swallowed, on PostgreSQL": [
-        (OUTCOMES, "test_a_swallowed_error_before_commit_is_found")
+        (OUTCOMES, "test_a_swallowed_error_before_commit_is_found"),
+        (MANAGED, "test_a_swallowed_error"),
     ],
-    "An upload goes into no row": [
+    "Explicit: an upload goes into no row": [
         (FAILURES, "test_a_forgotten_column"),
         (FAILURES, "test_an_update_that_matched_nothing"),
         (FAILURES, "test_written_in_a_savepoint_that_was_rolled_back"),
     ],
-    "One UPDATE puts an upload into several rows": [(FAILURES, "test_one_upload_in_several_rows")],
-    "A row that `delete_s3` speaks of is not proved to be gone": [
+    "One UPDATE puts an upload into several rows": [
+        (FAILURES, "test_one_upload_in_several_rows"),
+        (MANAGED, "test_update_that_shares"),
+    ],
+    "Managed: an upload goes into no row (expunged, or WHERE matched nothing)": [
+        (MANAGED, "test_never_written"),
+        (MANAGED, "test_update_that_matches_nothing"),
+    ],
+    "Managed: the session is closed without a commit": [(MANAGED, "test_close_without_commit")],
+    "Managed: the session is dropped without being closed": [(MANAGED, "test_a_dropped_session")],
+    "Explicit: a row that `delete_s3` speaks of is not proved to be gone": [
         (FAILURES, "test_a_delete_that_matched_nothing"),
         (FAILURES, "test_a_delete_that_missed_beside_another_change"),
     ],
     "The server refuses COMMIT": [
         (OUTCOMES, "test_a_deferred_constraint"),
         (OUTCOMES, "test_serialization_failure_and_the_retry_loop"),
+        (MANAGED, "test_a_deferred_constraint"),
     ],
     "The answer to COMMIT is lost": [
         (OUTCOMES, "test_before_the_server_committed"),
         (OUTCOMES, "test_after_the_server_committed"),
         (OUTCOMES, "test_the_new_row_of_a_create"),
         (OUTCOMES, "test_commit_takes_too_long"),
+        (MANAGED, "test_nothing_is_deleted"),
     ],
     "The delete of a replaced object fails": [
         (FAILURES, "test_the_delete_of_the_old_object_fails"),
         (FAILURES, "test_every_delete_raises"),
+        (MANAGED, "test_a_delete_that_fails"),
     ],
-    "Two requests create the same row": [(FAILURES, "test_double_submit")],
+    "Two requests create the same row": [
+        (FAILURES, "test_double_submit"),
+        (MANAGED, "test_integrity_error"),
+    ],
     "The same bytes are submitted twice": [(FAILURES, "test_double_submit")],
-    "Two requests change one row, guarded": [
+    "Explicit: two requests change one row, guarded": [
         (FAILURES, "test_two_updates_of_one_row"),
         (FAILURES, "test_update_against_delete"),
     ],
-    "Two requests change one row, not guarded": [
+    "Managed: two requests change one row": [
+        (MANAGED, "test_one_order_or_the_other"),
+        (MANAGED, "test_replace_beside_delete"),
+    ],
+    "Explicit: two requests change one row, not guarded": [
         (FAILURES, "test_unguarded_updates_leave_the_documented_orphan")
     ],
     "A savepoint in the block is rolled back": [
         (FAILURES, "test_an_import_that_skips_bad_rows"),
         (FAILURES, "test_three_deep"),
         (FAILURES, "test_replaced_in_a_rolled_back_savepoint"),
+        (MANAGED, "test_rolled_back_and_committed"),
+        (MANAGED, "test_three_deep"),
     ],
     "S3 is down": [(S3, "test_down")],
     "S3 answers 503": [(S3, "test_503"), (S3, "test_503_and_then_well")],
@@ -500,24 +773,56 @@ SHOWN_BY = {
     "The store is closed while a block is open": [
         (S3, "test_a_store_that_closes_while_a_block_is_open")
     ],
-    "The process is killed before COMMIT": [("test_readme.py", "test_a_killed_process")],
-    "The process is killed after COMMIT": [("test_readme.py", "test_a_killed_process")],
+    "The process is killed before COMMIT": [
+        ("test_readme.py", "test_a_killed_process"),
+        ("test_docs.py", "test_a_killed_process"),
+    ],
+    "The process is killed after COMMIT": [
+        ("test_readme.py", "test_a_killed_process"),
+        ("test_docs.py", "test_a_killed_process"),
+    ],
+}
+
+
+REFUSED_BY = {
+    "Bytes or an SQL expression, when it is assigned": [
+        ("unit/test_column.py", "test_what_is_no_blob")
+    ],
+    "A string, when it is flushed; unless it is the URI of an enlisted result": [
+        (MANAGED, "test_a_string"),
+        (MANAGED, "test_enlisted_attributes"),
+    ],
+    "Something too large, or of a type that is not accepted": [
+        (FACTORIES, "test_nothing_is_sent"),
+        (FACTORIES, "test_an_upload_that_turns_out_too_large"),
+    ],
+    "A pending `Blob` in Core, a legacy bulk method or a session that does not upload": [
+        (MANAGED, "test_core_and_legacy_bulk"),
+        (MANAGED, "test_a_plain_session"),
+    ],
+    "An upsert that carries a `Blob`, and INSERT .. SELECT of a managed column": [
+        (MANAGED, "test_upsert"),
+        (MANAGED, "test_insert_from_select"),
+    ],
+    "A bulk UPDATE that puts one object into two cells": [(MANAGED, "test_update_that_shares")],
+    "An engine in AUTOCOMMIT; without `use_explicit_begin`, a savepoint on SQLite": [
+        (MANAGED, "test_autocommit"),
+        ("test_docs.py", "test_savepoints_need_the_recipe"),
+    ],
+    "A store that the session was not given": [
+        (FACTORIES, "test_a_store_that_the_session_does_not_have")
+    ],
 }
 
 
 class TestGuarantees:
+    def test_every_refusal_has_its_tests(self) -> None:
+        """Each row of what managed columns refuse is shown by tests that are there."""
+        check_claims(README, "What is refused", REFUSED_BY)
+
     def test_every_row_of_the_table_has_its_tests(self) -> None:
         """Each row is shown by tests that are there, and no row is without one."""
-        assert [row[0] for row in table("What fails")] == list(SHOWN_BY)
-
-        for path, name in (each for tests in SHOWN_BY.values() for each in tests):
-            assert name in names_of_tests(path), f"{path} has no {name}"
-
-
-@functools.cache
-def names_of_tests(path: str) -> frozenset[str]:
-    text = (ROOT / "tests" / path).read_text(encoding="utf-8")
-    return frozenset(re.findall(r"^ *(?:async )?def (test_\w+)\(", text, re.MULTILINE))
+        check_claims(README, "What fails", SHOWN_BY)
 
 
 KILLED = """
@@ -571,7 +876,7 @@ async def test_a_killed_process(bucket: S3Store, s3_place: Place) -> None:
 
 
 class TestNotGuaranteed:
-    @runs("orphans")
+    @README.runs("orphans")
     async def test_finding_orphans(self, block: Block, place: Place) -> None:
         """What no row names and is old enough is found, and nothing else."""
         task = await place.add(html=b"1")
@@ -626,7 +931,7 @@ class TestNotGuaranteed:
 
 
 class TestMoreOfTheBlock:
-    @runs("background")
+    @README.runs("background")
     async def test_background(self, block: Block, place: Place) -> None:
         """The block is left before the replaced object is deleted, and the store finishes it."""
         old = await place.add(html=b"1")
@@ -640,7 +945,7 @@ class TestMoreOfTheBlock:
         assert still_there
         assert await place.contents() == {"u": (b"2", None)}
 
-    @runs("skip-unchanged")
+    @README.runs("skip-unchanged")
     @pytest.mark.parametrize(("html", "uploads"), [(b"1", 0), (b"2", 1)])
     async def test_skip_unchanged(
         self, block: Block, place: Place, html: bytes, uploads: int
@@ -656,7 +961,7 @@ class TestMoreOfTheBlock:
         assert place.names["put"].changed == bool(uploads)
         assert await place.contents() == {"u": (html, b"i")}
 
-    @runs("several")
+    @README.runs("several")
     async def test_several_results(self, block: Block, place: Place, tmp_path: Path) -> None:
         """One block takes new rows and a deleted one, and results that were made before."""
         old = await place.add(html=b"1", image=b"i")
@@ -666,7 +971,7 @@ class TestMoreOfTheBlock:
         assert place.names["tx"].outcome is Outcome.COMMITTED
         assert await place.contents() == {"a": (None, b"PNG"), "b": (b"<p>", None)}
 
-    @runs("savepoints")
+    @README.runs("savepoints")
     async def test_savepoints(self, block: Block, place: Place) -> None:
         """The second row of one name goes with its savepoint, the others are committed."""
         await place.names["engine"].dispose()  # no connection from before use_explicit_begin()
@@ -686,7 +991,7 @@ class TestMoreOfTheBlock:
 
         assert await place.contents() == {}
 
-    @runs("retry")
+    @README.runs("retry")
     async def test_retry_loop(self, block: Block, place: Place, postgres_url: str) -> None:
         """A transaction that PostgreSQL refuses with 40001 is repeated with uploads of its own."""
         engine = create_async_engine(postgres_url, isolation_level="SERIALIZABLE")
@@ -720,7 +1025,7 @@ class TestMoreOfTheBlock:
 
 
 class TestByHand:
-    @runs("by-hand")
+    @README.runs("by-hand")
     async def test_by_hand(self, block: Block, bucket: S3Store, s3_place: Place) -> None:
         """The row is replaced and the old object gone; if the guard fails, nothing has changed."""
         async with s3_place.names["store"]:
@@ -734,7 +1039,7 @@ class TestByHand:
         with pytest.raises(ResultSpentError):
             await s3_place.names["put"].clean_up_old_s3_object_when_update_row_succeeded()
 
-    @runs("diff")
+    @README.runs("diff")
     async def test_coming_from_sqlalchemy_mate(
         self, block: Block, bucket: S3Store, s3_place: Place
     ) -> None:
@@ -793,7 +1098,7 @@ def default_of(parameter: inspect.Parameter) -> str:
 
 
 class TestStore:
-    @runs("open-store")
+    @README.runs("open-store")
     async def test_open_store(
         self, block: Block, bucket: S3Store, local_s3: S3Server, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -801,13 +1106,13 @@ class TestStore:
         shown = "http://127.0.0.1:9000"
         here = dataclasses.replace(block, text=block.text.replace(shown, local_s3.endpoint_url))
         assert here != block
-        await execute(here, {"open_store": open_store})
+        await here.execute({"open_store": open_store})
 
         assert BUCKET in capsys.readouterr().out
 
     def test_options(self) -> None:
         """The table has every option with its default."""
-        rows = {name: default for name, default, _ in table("Option")}
+        rows = {name: default for name, default, _ in README.table("Option")}
         parameters = inspect.signature(open_store).parameters.values()
 
         assert rows == {
@@ -818,7 +1123,7 @@ class TestStore:
         """The table says what each preset sets."""
         checksums = {"crc32": "CRC32", "md5": "Content-MD5"}
 
-        assert table("`compat`") == [
+        assert README.table("`compat`") == [
             [
                 name,
                 checksums[each.checksum],
@@ -829,7 +1134,7 @@ class TestStore:
             for name, each in COMPAT.items()
         ]
 
-    @runs("keys")
+    @README.runs("keys")
     async def test_keys(
         self, block: Block, place: Place, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -845,7 +1150,7 @@ class TestStore:
 
     def test_limits(self) -> None:
         """The table has the limits of the code."""
-        assert {name: limit for name, limit, _ in table("Limit")} == {
+        assert {name: limit for name, limit, _ in README.table("Limit")} == {
             "An object": f"{MAX_PUT_BYTES // 2**30} GiB",
             "A key": f"{MAX_KEY_BYTES:,} bytes",
             "A part of a key": f"{MAX_COMPONENT_BYTES} bytes",
@@ -871,7 +1176,7 @@ async def engine(tmp_path):
 """
 
 
-@runs("conftest")
+@README.runs("conftest")
 def test_the_fixtures_plugin(block: Block) -> None:
     """The plugin that conftest.py names is there, with the fixtures that the README names."""
     (name,) = ast.literal_eval(block.text.removeprefix("pytest_plugins = "))
@@ -880,10 +1185,10 @@ def test_the_fixtures_plugin(block: Block) -> None:
     assert {"memory_store", "s3_store", "s3"} <= set(vars(module))
 
 
-@runs("test")
+@README.runs("test")
 def test_a_users_own_test(block: Block, tmp_path: Path) -> None:
     """The README's conftest.py and its test pass in a project of their own."""
-    given = {each.name: each.text for each in BLOCKS}
+    given = {each.name: each.text for each in README.blocks}
     (tmp_path / "model.py").write_text(given["model"], encoding="utf-8")
     (tmp_path / "conftest.py").write_text(given["conftest"] + USERS_ENGINE, encoding="utf-8")
     test = f"from model import Task\n{block.text}\n"
