@@ -11,10 +11,11 @@ table, legacy bulk methods.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from sqlalchemy import Insert
+from sqlalchemy import BindParameter, ClauseElement, Insert, Null
 from sqlalchemy.exc import DBAPIError
 
 from ._blob import Blob
@@ -99,6 +100,7 @@ class _Bulk:
             if statement.select is not None and self._names_a_blob_column(compiled):
                 raise UnsafeTransactionError(SELECT_REFUSED)
             self._place_values(compiled)
+        self._check_expressions()
         if not self._placements:
             return None
         unit = self._begin()
@@ -110,7 +112,9 @@ class _Bulk:
     def change(self) -> Result[Any] | None:
         """Upload, lock and read the rows, send the statement, and read the rows again."""
         if self._execute.is_update:
-            compiled = None if self._is_list else self._compile()
+            # SQLAlchemy cannot compile one that has nothing but a list of rows
+            has_values = bool(getattr(self._statement, "_values", None))
+            compiled = self._compile() if has_values or not self._is_list else None
             if not self._may_touch_blobs(compiled):
                 return None
             self._place_rows()
@@ -156,6 +160,15 @@ class _Bulk:
             is_new = isinstance(value, Blob) and not value.is_stored and value._cell is None
             if target is not None and is_new:
                 self._place(value, target, dict(compiled.params))
+
+    def _check_expressions(self) -> None:
+        """Refuse an INSERT that takes a managed column's value from an expression."""
+        values: Mapping[Any, Any] = getattr(self._statement, "_values", None) or {}
+        managed = {attribute.column for attribute in self._attributes}
+        for column, value in values.items():
+            is_plain = isinstance(value, (BindParameter, Null)) or not _is_sql(value)
+            if column in managed and not is_plain:
+                raise UnsafeTransactionError(SELECT_REFUSED)
 
     def _place(self, blob: Blob, attribute: BlobAttribute, subject: Mapping[str, Any]) -> Blob:
         if blob.is_stored or blob._cell is not None:
@@ -227,31 +240,29 @@ class _Bulk:
 
     def _withdraw_unused(self, unit: Unit, rows: Rows, changed: int) -> None:
         """Take back what the statement wrote into no row, because it matched none."""
-        if not self._is_list:
-            unused = self._placements if changed == 0 else []
-        else:
-            named = rows.named()  # a key may be written otherwise than it was asked for
-            unused = [
-                placement
-                for placement in self._placements
-                if placement.uri not in named
-                and not rows.finds(self._mapper, self._identity(placement.subject))
-            ]
+        named = rows.named()  # a key may be written otherwise than it was asked for
+        unused = [
+            placement
+            for placement in self._placements
+            if placement.uri not in named and self._is_without_row(placement, rows, changed)
+        ]
         unit.books.withdraw(placement.uri for placement in unused)
         for placement in unused:
             placement.blob._reset()
 
+    def _is_without_row(self, placement: Placement, rows: Rows, changed: int) -> bool:
+        if self._is_list:
+            return not rows.finds(self._mapper, self._identity(placement.subject))
+        return changed == 0
+
     def _supersede_overwritten(self, unit: Unit, rows: Rows) -> None:
-        """Find what a list has written into a cell for which it has another one later."""
-        if not (self._is_list and self._execute.is_update):
+        """Find what a list has written into a row that comes again in it."""
+        if not (self._is_list and self._execute.is_update and self._placements):
             return
-        last: dict[tuple[Any, ...], Placement] = {}
-        named = rows.named()
+        times, named = Counter(map(self._identity, self._rows)), rows.named()
         for placement in self._placements:
-            cell = (placement.attribute, *self._identity(placement.subject))
-            earlier, last[cell] = last.get(cell), placement
-            if earlier is not None and earlier.uri not in named:
-                unit.supersede(earlier.uri, earlier.attribute, earlier.store)
+            if times[self._identity(placement.subject)] > 1 and placement.uri not in named:
+                unit.supersede(placement.uri, placement.attribute, placement.store)
 
     def _forbid(self, unit: Unit, error: TransactionError) -> NoReturn:
         unit.forbid_commit(error)
@@ -269,13 +280,13 @@ class _Bulk:
         return cast("SQLCompiler", self._statement.compile(dialect=bind.dialect))
 
     def _may_touch_blobs(self, compiled: SQLCompiler | None) -> bool:
-        if compiled is None:
-            return any(attribute.key in row for row in self._rows for attribute in self._attributes)
-        return self._names_a_blob_column(compiled)
+        keys = {attribute.key for attribute in self._attributes}
+        in_rows = any(not keys.isdisjoint(row) for row in self._rows)
+        return in_rows or (compiled is not None and self._names_a_blob_column(compiled))
 
     def _names_a_blob_column(self, compiled: SQLCompiler) -> bool:
         text = str(compiled)
-        names = {attribute.column.name for attribute in self._attributes}
+        names = {attribute.column.name for attribute in row_attributes(self._mapper)}
         return any(
             compiled.preparer.quote_identifier(name) in text
             or re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
@@ -293,6 +304,10 @@ def _count(result: Result[Any]) -> tuple[Result[Any], int]:
         return result, count
     frozen = result.freeze()
     return frozen(), sum(1 for _ in frozen())
+
+
+def _is_sql(value: object) -> bool:
+    return isinstance(value, ClauseElement) or hasattr(value, "__clause_element__")
 
 
 __all__ = ["on_orm_execute"]

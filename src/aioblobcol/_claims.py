@@ -7,6 +7,7 @@ of a session that somebody else commits. The functions run in a greenlet, on the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Claims:
         self.attempts: dict[str, Attempt] = {}
         self.replaced_by: dict[str, str] = {}
         self.allow_unwritten = allow_unwritten
-        self._session = session
+        self._session = weakref.ref(session)  # whose keeper holds us
 
     # --- what is claimed
 
@@ -103,7 +104,7 @@ class Claims:
             result.new_s3_uri,
             replaces=result.old_s3_uri,
             column=result.column,
-            savepoint=self._session.get_nested_transaction(),
+            savepoint=self._live_session.get_nested_transaction(),
         )
         self.stores[result.new_s3_uri] = store
         if result.old_s3_uri is not None:
@@ -123,7 +124,7 @@ class Claims:
         Raises:
             BlobNotWrittenError, BlobSharedError: nothing was rolled back yet.
         """
-        _read_back(self._session, self._watched)
+        _read_back(self._live_session, self._watched)
         demand = self.ledger.demand()
         if demand.shared:
             raise BlobSharedError(demand.shared)
@@ -133,6 +134,12 @@ class Claims:
             raise BlobNotWrittenError(demand.unwritten, _UNWRITTEN)
         if demand.unreleased:
             raise BlobNotWrittenError(demand.unreleased, _UNRELEASED)
+
+    @property
+    def _live_session(self) -> Session:
+        session = self._session()
+        assert session is not None
+        return session
 
     @property
     def _watched(self) -> TransactionWatch:

@@ -193,6 +193,9 @@ class BlobType(TypeDecorator[Blob]):
             """Compare the URI, but for NULL."""
             if op in {operators.is_, operators.is_not} or any(each is None for each in other):
                 return super().operate(op, *other, **kwargs)
+            same = {operators.eq, operators.ne}  # asked of one and the same column by SQLAlchemy
+            if op in same and isinstance(other[0], ClauseElement) and _is_twin(self.expr, other[0]):
+                return super().operate(op, *other, **kwargs)
             if op not in {operators.in_op, operators.not_in_op}:
                 other = tuple(map(_compared, other))
             return op(self.uri, *other, **kwargs)  # type: ignore[no-any-return]
@@ -215,6 +218,11 @@ class BlobType(TypeDecorator[Blob]):
             return str(getattr(self.expr.type, "format", "uri"))
 
     comparator_factory = Comparator
+
+
+def _is_twin(one: Any, other: Any) -> bool:
+    """Tell whether both are one column, annotated or not: then SQLAlchemy looks for identity."""
+    return hash(one) == hash(other)
 
 
 def _compared(other: Any) -> Any:
@@ -259,7 +267,7 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
     Columns only: what an SQL expression (``column_property``) names is another row's.
 
     Raises:
-        InvalidInputError: a column has an ``onupdate``.
+        InvalidInputError: a column has an ``onupdate`` or a ``server_default``.
     """
     known = _attributes.get(mapper)
     if known is None:
@@ -269,11 +277,12 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
             if isinstance(prop.columns[0], Column) and isinstance(prop.columns[0].type, BlobType)
         )
         for attribute in known:
-            if attribute.column.onupdate is not None:
+            column = attribute.column
+            if any((column.onupdate, column.server_onupdate, column.server_default)):
                 del _attributes[mapper]
                 raise InvalidInputError(
-                    f"{attribute.column}: a managed column takes no onupdate, for nobody would "
-                    "see that the row lets its object go"
+                    f"{column}: a managed column takes no onupdate, server_onupdate or "
+                    "server_default, for nobody would see which object the row has, or lets go"
                 )
     return known
 

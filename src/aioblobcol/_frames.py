@@ -40,6 +40,7 @@ class Frames:
 
     def __init__(self) -> None:
         self._ended_with_another: set[str] = set()
+        self._bound: set[str] = set()
         self._created: dict[str, None] = {}
         self._frames = [_Frame("")]
         self._kept: set[str] = set()
@@ -82,6 +83,12 @@ class Frames:
     def write(self, uri: str) -> None:
         """A statement that puts a new object into a row is about to be sent."""
         self._frames[-1].written[uri] = None
+        self._bound.add(uri)
+
+    def take_bound(self) -> set[str]:
+        """Return what was written since the last call: by the statement that is sent now."""
+        bound, self._bound = self._bound, set()
+        return bound
 
     def withdraw(self, uris: Iterable[str]) -> None:
         """The statement that was to write these was not sent after all."""

@@ -24,6 +24,7 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
 from sqlalchemy.orm.attributes import get_history
 from sqlalchemy.orm.base import PASSIVE_NO_INITIALIZE
+from sqlalchemy.orm.exc import StaleDataError
 
 from ._blob import Blob
 from ._claims import ABORTED, Claims, probe
@@ -44,7 +45,7 @@ from ._session import check_level, follow, listen_to_session, note_copies, uris_
 from ._statements import Statement, copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
-from ._transfer import Attempt, upload_each
+from ._transfer import Attempt, compensate, upload_each
 from .errors import (
     BlobSharedError,
     BlobUploadError,
@@ -65,6 +66,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioblobcol.session")
 
+ENDED_MEANWHILE = (
+    "another task has ended the session's transaction while this one uploaded; a session belongs "
+    "to one task"
+)
 NOT_PROVED = "another row may name it, or nothing proved that it is in one, or gone from its own"
 
 
@@ -89,6 +94,7 @@ class Unit:
         # weakly: a blob that nobody has any more need not be told, nor its bytes be kept
         self.blobs: weakref.WeakValueDictionary[str, Blob] = weakref.WeakValueDictionary()
         self.columns: dict[str, str] = {}
+        self.string_cells: dict[str, tuple[Any, str]] = {}
         self._admitted: dict[int, Blob] = {}  # by id: blobs are not hashable
         self._sent: set[int] = set()
         self.watch = follow(session, Ledger(), self.books)
@@ -126,7 +132,9 @@ class Unit:
                 placed.append(placement)
                 self.books.create(placement.uri)
                 self.stores[placement.uri] = placement.store
-            for attempt in wait_for(upload_each(uploads)):
+            attempts = wait_for(upload_each(uploads))
+            self._check_alive(attempts)
+            for attempt in attempts:
                 self.attempts[attempt.uri] = attempt
         except BaseException as exc:
             self._forget(placed, exc)
@@ -137,6 +145,11 @@ class Unit:
             )
             self.blobs[placement.uri] = placement.blob
             self.admit(placement.blob)
+
+    def _check_alive(self, attempts: Collection[Attempt]) -> None:
+        if self.is_settled:
+            wait_for(compensate(list(attempts)))
+            raise UnsafeTransactionError(ENDED_MEANWHILE)
 
     def _forget(self, placements: Collection[Placement], error: BaseException) -> None:
         """The uploads failed and were undone; what is not certainly gone is deleted later."""
@@ -362,6 +375,7 @@ class Keeper:
         for blob in flush.in_place:
             unit.admit(blob)
         unit.rows, unit.changed = Rows(), flush.changed
+        unit.rows.keys_change = flush.keys_change
         for mapper, identities in _by_mapper((*flush.changed, *flush.deleted)).items():
             unit.rows.lock(session, mapper, identities)
         for mapper, identities in _by_mapper(flush.deleted).items():
@@ -383,6 +397,7 @@ class Keeper:
                 flush.deleted[state] = None
         if flush.deleted:
             _check_row_switches(flush, session.new)
+            flush.keys_change = any(map(_changes_its_key, session.dirty))
 
     def _place(
         self,
@@ -397,6 +412,8 @@ class Keeper:
             flush.changed[state] = None
         if isinstance(value, str) and value not in uris_claimed(session):
             raise InvalidSourceError(f"{attribute.column}: {describe_refusal(value)}")
+        if isinstance(value, str):
+            self._check_string(session, str(value), (state, attribute.key))
         if not isinstance(value, Blob):
             return
         cell, instance, unit = (state, attribute.key), state.obj(), self.unit
@@ -412,6 +429,12 @@ class Keeper:
         value._cell = cell
         store = store_of(attribute, self.stores)
         flush.placements.append(Placement(value, attribute, instance, store))
+
+    def _check_string(self, session: Session, uri: str, cell: tuple[Any, str]) -> None:
+        """Refuse one result of the explicit strength in two cells."""
+        cells = self.open_unit(session).string_cells
+        if cells.setdefault(uri, cell) != cell:
+            raise BlobSharedError([uri])
 
     def before_delete(self, session: Session, state: InstanceState[Any]) -> None:
         """Read a row that a cascade deletes and nobody has announced."""
@@ -443,8 +466,25 @@ class Keeper:
                 if new != old:
                     unit.rows.expect_renamed(state.mapper, old, new)
             unit.rows.read_again(session)
+            self._check_found(unit, unit.rows)
             self.supersede(unit, unit.rows)
         unit.end_flush()
+
+    def _check_found(self, unit: Unit, rows: Rows) -> None:
+        """Find a row that is gone where the driver does not count what a list of them changes.
+
+        Raises:
+            StaleDataError: as where it does.
+        """
+        named = rows.named()
+        for state in unit.changed:
+            blobs = [state.dict.get(each.key) for each in blob_attributes(state.mapper)]
+            own = {blob._uri for blob in blobs if isinstance(blob, Blob) and blob._owner is unit}
+            is_there = rows.finds(state.mapper, _key_of(state)) or not own.isdisjoint(named)
+            if own and not is_there:
+                raise StaleDataError(
+                    f"{state.class_.__name__} {state.identity}: the row is not there any more"
+                )
 
     def supersede(self, unit: Unit, rows: Rows) -> None:
         """Note what the rows that were read again have let go."""
@@ -581,6 +621,7 @@ class _Flush:
     changed: dict[InstanceState[Any], None] = dataclasses.field(default_factory=dict)
     deleted: dict[InstanceState[Any], None] = dataclasses.field(default_factory=dict)
     in_place: list[Blob] = dataclasses.field(default_factory=list)
+    keys_change: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -731,6 +772,14 @@ def _managed_state(instance: object) -> InstanceState[Any]:
 def _key_of(state: InstanceState[Any]) -> tuple[Any, ...]:
     """Return the primary key as the attributes say."""
     return tuple(state.mapper.primary_key_from_instance(state.obj()))
+
+
+def _changes_its_key(instance: object) -> bool:
+    state: InstanceState[Any] | None = inspect(instance)
+    if state is None:
+        return False
+    keys = (state.mapper.get_property_by_column(each).key for each in state.mapper.primary_key)
+    return any(get_history(instance, key, PASSIVE_NO_INITIALIZE).has_changes() for key in keys)
 
 
 def _is_new(state: InstanceState[Any]) -> bool:

@@ -355,6 +355,12 @@ class _Transaction(AsyncSessionTransaction):
     ) -> None:
         leave = functools.partial(super().__aexit__, type_, value, traceback)
         if type_ is None and self.is_active:
+            try:
+                await self.session.flush()
+            except BaseException as exc:  # the block rolls back, as with any error in it
+                undo = super().__aexit__(type(exc), exc, exc.__traceback__)
+                await _end(self.session, undo)
+                raise
             await _commit(self.session, leave)
         else:
             await _end(self.session, leave())

@@ -33,7 +33,14 @@ Cells = dict[BlobAttribute, str]
 
 
 class Rows:
-    """The rows that one flush or bulk statement changes."""
+    """The rows that one flush or bulk statement changes.
+
+    Attributes:
+        keys_change: so that a row which is gone may have another key (ON UPDATE CASCADE) in place
+            of being deleted: then its objects are looked up by value.
+    """
+
+    keys_change = False
 
     def __init__(self, statement: Any = None, options: Mapping[str, Any] | None = None) -> None:
         """Take the bulk statement, for sessions that route by it, and its execution options."""
@@ -47,6 +54,7 @@ class Rows:
         self._absent: dict[Mapper[Any], set[Identity]] = {}
         self._to_delete: dict[Mapper[Any], set[Identity]] = {}
         self._deleted_from: FromClause | None = None
+        self._elsewhere: set[str] = set()
 
     def knows(self, mapper: Mapper[Any], identity: Identity) -> bool:
         """Tell whether a row was read already."""
@@ -128,10 +136,24 @@ class Rows:
             for some in batched(list(identities), ROWS_PER_READ):
                 statement = _select(mapper).where(_is_one_of(mapper, some))
                 now.update(_read(mapper, self._execute(connection, statement)))
+            if self.keys_change:
+                self._look_elsewhere(connection, mapper)
+
+    def _look_elsewhere(self, connection: Connection, mapper: Mapper[Any]) -> None:
+        """Find what rows under other keys name, by value: without an index this reads the table."""
+        wanted: dict[BlobAttribute, list[str]] = {}
+        for key in self._to_delete.get(mapper, set()):
+            for attribute, uri in self._before[mapper].get(key, {}).items():
+                wanted.setdefault(attribute, []).append(uri)
+        for attribute, uris in wanted.items():
+            for some in batched(uris, ROWS_PER_READ):
+                statement = select(attribute.column).where(attribute.column.in_(some))
+                found = self._execute(connection, statement).scalars()
+                self._elsewhere.update(blob.uri for blob in found if isinstance(blob, Blob))
 
     def let_go(self) -> list[tuple[str, BlobAttribute]]:
         """Return the objects that certainly none of the rows names any more."""
-        named = set(self._named_now())
+        named = self._elsewhere.union(self._named_now())
         return [
             (uri, attribute)
             for mapper, identity, cells in self._rows_before()
@@ -158,10 +180,11 @@ class Rows:
         Args:
             own: the transaction's own uploads.
         """
-        before = {uri for _, _, cells in self._rows_before() for uri in cells.values()}
-        known = before.union(own)
-        named = Counter(self._named_now())
-        return sorted(uri for uri, times in named.items() if times > 1 or uri not in known)
+        before = Counter(uri for _, _, cells in self._rows_before() for uri in cells.values())
+        known, named = {*before, *own}, Counter(self._named_now())
+        return sorted(
+            uri for uri, times in named.items() if times > max(1, before[uri]) or uri not in known
+        )
 
     # --- how
 

@@ -245,8 +245,9 @@ class TransactionWatch:
         watched = self.ledger.watched
         if self.books is not None:
             watched |= self.books.superseded
-            if statement.may_skip_conflicts:
-                self._check_upsert(self.books, parameters, text)
+            bound = self.books.take_bound()
+            if statement.may_skip_conflicts or statement.replaces_rows:
+                self._check_upsert(self.books, bound)
         named = named_uris(parameters, text, watched) if watched else set()
         if statement.kind.changes_rows and mode is Mode.LEGACY_SQLITE and not is_in_transaction:
             self._check_legacy(statement)
@@ -262,8 +263,7 @@ class TransactionWatch:
             is_in_transaction,
         )
 
-    def _check_upsert(self, books: Frames, parameters: Any, text: str) -> None:
-        carried = named_uris(parameters, text, books.written)
+    def _check_upsert(self, books: Frames, carried: Collection[str]) -> None:
         if carried:
             books.withdraw(carried)
             raise UnsafeTransactionError(UPSERT_REFUSED)

@@ -70,6 +70,11 @@ class Statement:
     text: str = dataclasses.field(default="", repr=False, compare=False)
     where_at: int | None = dataclasses.field(default=None, compare=False)
 
+    @property
+    def replaces_rows(self) -> bool:
+        """INSERT OR REPLACE: rows that are there go without a word."""
+        return _REPLACES.match(self.code) is not None
+
 
 _END = re.compile(";")
 _WORD = re.compile(r"[A-Za-z]+")
@@ -78,6 +83,7 @@ _RELEASE = re.compile(r"RELEASE\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE
 _ROLLBACK_TO = re.compile(
     r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<name>\S+)", re.IGNORECASE
 )
+_REPLACES = re.compile(r"\s*(?:INSERT\s+OR\s+)?REPLACE\b", re.IGNORECASE)
 _CONFLICTS = (
     r"\bON\s+CONFLICT\b|\bON\s+DUPLICATE\s+KEY\b|\bOR\s+IGNORE\b"
     r"|\bINSERT\s+(?:LOW_PRIORITY\s+|DELAYED\s+|HIGH_PRIORITY\s+)?IGNORE\b"

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import warnings
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
-from sqlalchemy.exc import StatementError
-from sqlalchemy.orm import Session, aliased, make_transient, with_loader_criteria
+from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    aliased,
+    make_transient,
+    mapped_column,
+    relationship,
+    with_loader_criteria,
+)
 from support.databases import Database
 from support.library import Doc, Item, Library, Song, Video, open_library
 
 from aioblobcol import (
     Blob,
     BlobSharedError,
+    BlobType,
+    BlobUploadError,
     CommitOutcomeUnknown,
+    PutS3ApiCall,
     TransactionAbortedError,
     UnsafeTransactionError,
+    blob_sessionmaker,
+    enlist,
+    put_s3,
 )
 from aioblobcol._frames import Frames
 from aioblobcol.errors import Outcome
-from aioblobcol.testing import MemoryStore
+from aioblobcol.testing import MemoryStore, assert_consistent
 
 SHARES = sa.update(Doc).values(scan=Doc.body).execution_options(synchronize_session=False)
 
@@ -310,8 +328,195 @@ class TestBulk:
 
             assert await library.check() == []
 
+    @pytest.mark.parametrize("in_values", [True, False])
+    async def test_null_beside_values(self, library: Library, in_values: bool) -> None:
+        """A column may be set by the parameters as well as by the statement."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        first, second = {"title": "x"}, {"body": None}
+        one, other = (first, second) if in_values else (second, first)
+        async with library.session.begin() as session:
+            await session.execute(sa.update(Doc).where(Doc.name == "a").values(one), other)
+
+        assert await library.check() == []
+
+    async def test_null_after_a_blob_in_a_list(self, library: Library) -> None:
+        """The row is empty, and the upload goes."""
+        await library.add(Doc(name="a"))
+        rows: list[dict[str, Any]] = [{"name": "a", "body": body} for body in (Blob(b"1"), None)]
+        async with library.session.begin() as session:
+            await session.execute(sa.update(Doc), rows)
+
+        assert await library.check() == []
+
+    async def test_an_insert_of_an_expression(self, library: Library) -> None:
+        """It might be another row's object: refused."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        taken = sa.select(aliased(Doc).body).scalar_subquery()
+        async with library.session() as session:
+            for value in (taken, sa.text("(SELECT body FROM docs)")):
+                with pytest.raises(UnsafeTransactionError, match="copy"):
+                    await session.execute(sa.insert(Doc).values(name="b", body=value))
+            await session.execute(sa.insert(Doc).values(name="c", body=sa.null()))
+            await session.commit()
+
+        assert await library.check() == [b"1"]
+
+    async def test_insert_or_replace(self, sqlite: Database, memory_store: MemoryStore) -> None:
+        """It is an upsert, and refused."""
+        async with open_library(sqlite, memory_store) as library:
+            await library.add(Doc(name="a", body=Blob(b"1")))
+            statement = sa.insert(Doc).prefix_with("OR REPLACE").values(name="a", body=Blob(b"2"))
+            async with library.session() as session:
+                with pytest.raises(UnsafeTransactionError, match="upsert"):
+                    await session.execute(statement)
+
+            assert await library.check() == [b"1"]
+
+    async def test_an_upsert_that_mentions_a_new_object(self, library: Library) -> None:
+        """What an earlier statement wrote is not this one's: it is kept."""
+        module = __import__(f"sqlalchemy.dialects.{library.engine.dialect.name}", fromlist="x")
+        async with library.session() as session:
+            session.add(doc := Doc(name="a", body=Blob(b"1")))
+            await session.flush()
+            assert doc.body is not None
+            statement = module.insert(Doc).values(name="b", title=doc.body.uri)
+            await session.execute(statement.on_conflict_do_nothing())
+            await session.commit()
+
+        assert await library.check() == [b"1"]
+
+    async def test_rows_that_share_already(self, library: Library) -> None:
+        """What others made rows share is not this statement's fault."""
+        await library.add(Doc(name="a", body=Blob(b"1"), scan=Blob(b"2")))
+        async with library.engine.begin() as connection:
+            await connection.execute(
+                sa.text("INSERT INTO docs (name, body) SELECT 'b', body FROM docs")
+            )
+        async with library.session.begin() as session:
+            await session.execute(sa.update(Doc).values(scan=None))
+
+        assert await library.read(Doc, "a") == b"1"
+
+    async def test_a_row_that_is_gone(self, library: Library) -> None:
+        """One of several rows was deleted meanwhile: StaleDataError with every driver."""
+        await library.add(*(Doc(name=n, body=Blob(n.encode())) for n in "abc"))
+        async with library.session() as session:
+            docs = (await session.scalars(sa.select(Doc))).all()
+            await session.commit()
+            async with library.session.begin() as other:
+                await other.execute(sa.delete(Doc).where(Doc.name == "b"))
+            for doc in docs:
+                doc.body = Blob(b"new")
+            with pytest.raises(sa.orm.exc.StaleDataError):
+                await session.commit()
+
+        assert await library.check() == [b"a", b"c"]
+
+    async def test_loaded_objects_are_told(self, library: Library) -> None:
+        """An UPDATE with a blob reaches the objects that the session holds."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.session() as session:
+            doc = await session.get_one(Doc, "a")
+            await session.execute(sa.update(Doc).where(Doc.name == "a").values(body=Blob(b"2")))
+            await session.commit()
+            assert doc.body is not None
+            assert await doc.body.read() == b"2"
+            row = (await session.execute(sa.select(Doc.name, Doc.body))).one()
+            assert row._mapping[Doc.body] == doc.body
+
+
+class TestKeysOfOthers:
+    async def test_renamed_by_a_cascade_and_deleted(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """A row that was renamed in the same flush is not deleted, and keeps its object."""
+
+        class Base(DeclarativeBase):
+            pass
+
+        class Parent(Base):
+            __tablename__ = "cascading_parents"
+            key: Mapped[str] = mapped_column(primary_key=True)
+            kids: Mapped[list[Kid]] = relationship(cascade="all", passive_deletes=True)
+
+        class Kid(Base):
+            __tablename__ = "cascading_kids"
+            parent: Mapped[str] = mapped_column(
+                sa.ForeignKey("cascading_parents.key", onupdate="CASCADE"), primary_key=True
+            )
+            scan: Mapped[Blob | None] = mapped_column(BlobType())
+
+        async with postgres.engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        factory = blob_sessionmaker(postgres.engine, memory_store)
+        try:
+            async with factory.begin() as session:
+                session.add(Parent(key="p"))
+                await session.flush()
+                session.add(Kid(parent="p", scan=Blob(b"1")))
+            with contextlib.suppress(sa.exc.SQLAlchemyError), warnings.catch_warnings():
+                warnings.simplefilter("ignore", sa.exc.SAWarning)
+                async with factory.begin() as session:
+                    parent = await session.get_one(Parent, "p")
+                    kid = await session.get_one(Kid, "p")
+                    parent.key = "q"
+                    await session.delete(kid)
+            await assert_consistent(memory_store, postgres.engine, [Kid.scan])
+        finally:
+            async with postgres.engine.begin() as connection:
+                await connection.run_sync(Base.metadata.drop_all)
+
 
 class TestEnds:
+    @pytest.mark.parametrize("commits", ["flush", "upload"])
+    async def test_a_block_whose_flush_fails(self, library: Library, commits: str) -> None:
+        """It rolls back as any block does, and the session goes on."""
+        await library.add(Doc(name="a", body=Blob(b"1")))
+        async with library.session() as session:
+            if commits == "upload":
+                library.store.fail("put", times=1)
+            with pytest.raises((IntegrityError, BlobUploadError)):
+                async with session.begin():
+                    session.add(doc := Doc(name="a", body=Blob(b"2")))
+            assert not session.in_transaction()
+            session.expunge_all()
+            doc.name = "b"
+            async with session.begin():
+                session.add(doc)
+
+        assert await library.check() == [b"1", b"2"]
+
+    async def test_a_session_that_enlisted_is_let_go(self, library: Library) -> None:
+        """Nothing holds it once it is closed."""
+        put = await put_s3(
+            pk="d", api_calls=[PutS3ApiCall("body", b"2", None)], store=library.store
+        )
+
+        async def use() -> weakref.ref[Session]:
+            async with library.session.begin() as session:
+                await enlist(session, put)
+                session.add(Doc(name="d", **put.to_values()))
+                return weakref.ref(session.sync_session)
+
+        left = await use()
+        for _ in range(3):
+            gc.collect()
+
+        assert left() is None
+
+    async def test_one_result_in_two_cells(self, library: Library) -> None:
+        """A string of a result goes into one managed attribute."""
+        put = await put_s3(
+            pk="d", api_calls=[PutS3ApiCall("body", b"2", None)], store=library.store
+        )
+        async with library.session() as session:
+            await enlist(session, put)
+            session.add_all([Doc(name=name, **put.to_values()) for name in "ab"])
+            with pytest.raises(BlobSharedError):
+                await session.commit()
+
+        assert await library.check() == []
+
     async def test_dropped_in_a_transaction(self, library: Library) -> None:
         """A session that is dropped is collected: its connection comes back, a warning is given."""
 

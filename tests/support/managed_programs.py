@@ -449,6 +449,9 @@ class World:
             yield self
         finally:
             gc.unfreeze()
+            gc.collect()
+            async with self.engine.begin() as connection:
+                await connection.run_sync(Base.metadata.drop_all)
             for name in ("aioblobcol.session", "aioblobcol.cleanup", "aioblobcol.transaction"):
                 logging.getLogger(name).removeHandler(handler)
             await self.engine.dispose()
