@@ -94,6 +94,7 @@ class Frames:
         """The statement that was to write these was not sent after all."""
         for uri in uris:
             self._frames[-1].written.pop(uri, None)
+            self._bound.discard(uri)
 
     def supersede(self, uri: str) -> None:
         """A row has let an object go: it was read before and after the statement."""

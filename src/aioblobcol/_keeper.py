@@ -32,6 +32,7 @@ from ._cleaning import clean_up
 from ._column import (
     STORES_OF_SESSION,
     BlobAttribute,
+    as_uri,
     blob_attributes,
     describe_refusal,
 )
@@ -431,10 +432,16 @@ class Keeper:
         flush.placements.append(Placement(value, attribute, instance, store))
 
     def _check_string(self, session: Session, uri: str, cell: tuple[Any, str]) -> None:
-        """Refuse one result of the explicit strength in two cells."""
+        """Refuse one result of the explicit strength in two cells.
+
+        It may be written anew elsewhere, once the object that had it was undone or let it go.
+        """
         cells = self.open_unit(session).string_cells
-        if cells.setdefault(uri, cell) != cell:
+        state, key = cells.get(uri, cell)
+        is_held = state.session is session and as_uri(state.dict.get(key)) == uri
+        if is_held and (state, key) != cell:
             raise BlobSharedError([uri])
+        cells[uri] = cell
 
     def before_delete(self, session: Session, state: InstanceState[Any]) -> None:
         """Read a row that a cascade deletes and nobody has announced."""
@@ -478,6 +485,8 @@ class Keeper:
         """
         named = rows.named()
         for state in unit.changed:
+            if rows.expects_deleted(state.mapper, tuple(state.identity or ())):
+                continue  # an orphan, which was changed before it was let go
             blobs = [state.dict.get(each.key) for each in blob_attributes(state.mapper)]
             own = {blob._uri for blob in blobs if isinstance(blob, Blob) and blob._owner is unit}
             is_there = rows.finds(state.mapper, _key_of(state)) or not own.isdisjoint(named)

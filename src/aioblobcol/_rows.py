@@ -120,6 +120,10 @@ class Rows:
         for mapper, rows in self._before.items():
             self.expect_deleted(mapper, rows)
 
+    def expects_deleted(self, mapper: Mapper[Any], identity: Identity) -> bool:
+        """Tell whether somebody has said so of a row."""
+        return identity in self._to_delete.get(mapper, set())
+
     def expect_renamed(self, mapper: Mapper[Any], old: Identity, new: Identity) -> None:
         """Say under which primary key a row stands afterwards."""
         self._renamed.setdefault(mapper, {})[old] = new
@@ -226,12 +230,13 @@ class Rows:
         return self._is_to_be_deleted(mapper, identity)
 
     def _is_to_be_deleted(self, mapper: Mapper[Any], identity: Identity) -> bool:
-        to_delete = self._to_delete.get(mapper, set())
-        asked, absent = self._asked.get(mapper, set()), self._absent.get(mapper, set())
-        if identity in to_delete or identity in asked:
-            return identity in to_delete
+        if self.expects_deleted(mapper, identity):
+            return True
+        if identity in self._asked.get(mapper, set()):
+            return False
         # the database writes this key otherwise than whoever asked for it: 1, of "1"
-        return bool(absent) and absent <= to_delete
+        absent = self._absent.get(mapper, set())
+        return bool(absent) and absent <= self._to_delete.get(mapper, set())
 
     def _named_now(self) -> Iterator[str]:
         for rows in self._after.values():

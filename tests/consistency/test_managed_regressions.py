@@ -24,7 +24,7 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 from support.databases import Database
-from support.library import Doc, Item, Library, Song, Video, open_library
+from support.library import Album, Doc, Item, Library, Photo, Song, Video, open_library
 
 from aioblobcol import (
     Blob,
@@ -412,6 +412,21 @@ class TestBulk:
 
         assert await library.check() == [b"a", b"c"]
 
+    async def test_an_upsert_after_a_statement_that_was_not_sent(self, library: Library) -> None:
+        """It is not blamed for what the other one would have carried."""
+        module = __import__(f"sqlalchemy.dialects.{library.engine.dialect.name}", fromlist="x")
+        rows: list[dict[str, Any]] = [
+            {"name": "a", "body": Blob(b"1")},
+            {"name": "b", "body": "a string"},
+        ]
+        async with library.session() as session:
+            with pytest.raises(StatementError, match="a string"):
+                await session.execute(sa.insert(Doc), rows)
+            await session.execute(module.insert(Doc).values(name="c").on_conflict_do_nothing())
+            await session.commit()
+
+        assert await library.check() == []
+
     async def test_loaded_objects_are_told(self, library: Library) -> None:
         """An UPDATE with a blob reaches the objects that the session holds."""
         await library.add(Doc(name="a", body=Blob(b"1")))
@@ -465,6 +480,36 @@ class TestKeysOfOthers:
         finally:
             async with postgres.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.drop_all)
+
+
+class TestInnocent:
+    """What the checks above must not refuse."""
+
+    async def test_changed_and_orphaned(self, library: Library) -> None:
+        """A child may be given a blob and then be let go in one flush."""
+        await library.add(Album(photos=[Photo(image=Blob(b"1")), Photo(image=Blob(b"2"))]))
+        async with library.session.begin() as session:
+            album = (await session.scalars(sa.select(Album))).one()
+            album.photos[1].image = Blob(b"3")
+            album.photos.pop()
+
+        assert await library.check() == [b"1"]
+
+    async def test_one_result_again_after_a_savepoint(self, library: Library) -> None:
+        """A result whose row was undone with its savepoint may be written into another object."""
+        put = await put_s3(
+            pk="d", api_calls=[PutS3ApiCall("body", b"1", None)], store=library.store
+        )
+        async with library.session.begin() as session:
+            await enlist(session, put)
+            savepoint = await session.begin_nested()
+            session.add(undone := Doc(name="d", **put.to_values()))
+            await session.flush()
+            await savepoint.rollback()
+            session.add(Doc(name="d", **put.to_values()))
+
+        assert undone not in session
+        assert await library.check() == [b"1"]
 
 
 class TestEnds:
