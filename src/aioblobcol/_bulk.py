@@ -112,7 +112,6 @@ class _Bulk:
     def change(self) -> Result[Any] | None:
         """Upload, lock and read the rows, send the statement, and read the rows again."""
         if self._execute.is_update:
-            # SQLAlchemy cannot compile one that has nothing but a list of rows
             has_values = bool(getattr(self._statement, "_values", None))
             compiled = self._compile() if has_values or not self._is_list else None
             if not self._may_touch_blobs(compiled):
@@ -202,7 +201,7 @@ class _Bulk:
             if unit.watch.sent == sent_before:
                 unit.books.withdraw(placement.uri for placement in self._placements)
             elif not is_undone:  # SQLAlchemy may find fault after the statement was carried out
-                unit.forbid_commit(TransactionAbortedError(FAILED))
+                unit.books.forbid_commit(TransactionAbortedError(FAILED))
             raise
 
     # --- what it changes
@@ -265,7 +264,7 @@ class _Bulk:
                 unit.supersede(placement.uri, placement.attribute, placement.store)
 
     def _forbid(self, unit: Unit, error: TransactionError) -> NoReturn:
-        unit.forbid_commit(error)
+        unit.books.forbid_commit(error)
         raise error
 
     @property
@@ -275,7 +274,7 @@ class _Bulk:
     # --- what its text tells
 
     def _compile(self) -> SQLCompiler:
-        """Compile the statement to look at it; SQLAlchemy cannot, of one with a list of rows."""
+        """Compile the statement to look at it; not one that has nothing but a list of rows."""
         bind = self._session.get_bind(mapper=self._mapper, clause=self._statement)
         return cast("SQLCompiler", self._statement.compile(dialect=bind.dialect))
 

@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import literal, select, tuple_
+from sqlalchemy import literal, select
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from ._column import as_uri
 from ._ledger import Ledger
-from ._rows import ROWS_PER_READ, batched
+from ._rows import ROWS_PER_READ, batched, is_one_of
 from .aws_s3 import DeleteS3Result, PutS3BackedColumnResult, PutS3Result
 from .errors import BlobNotWrittenError, BlobSharedError, TransactionAbortedError
 
@@ -208,12 +208,7 @@ def _read_cells(session: Session, cells: Sequence[Cell]) -> set[str]:
     found: set[str] = set()
     for column, same in wanted.items():
         for some in batched(list(same), ROWS_PER_READ):
-            key = some[0].primary_key
-            is_wanted = (
-                key[0].in_([cell.identity[0] for cell in some])
-                if len(key) == 1
-                else tuple_(*key).in_([cell.identity for cell in some])
-            )
+            is_wanted = is_one_of(some[0].primary_key, [cell.identity for cell in some])
             found |= _uris(session.scalars(select(column).where(is_wanted)))
     return found
 

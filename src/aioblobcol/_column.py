@@ -271,7 +271,7 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
     """
     known = _attributes.get(mapper)
     if known is None:
-        known = _attributes[mapper] = tuple(
+        known = tuple(
             BlobAttribute(prop.key, prop.columns[0], prop.columns[0].type)
             for prop in mapper.column_attrs
             if isinstance(prop.columns[0], Column) and isinstance(prop.columns[0].type, BlobType)
@@ -279,11 +279,11 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
         for attribute in known:
             column = attribute.column
             if any((column.onupdate, column.server_onupdate, column.server_default)):
-                del _attributes[mapper]
                 raise InvalidInputError(
                     f"{column}: a managed column takes no onupdate, server_onupdate or "
                     "server_default, for nobody would see which object the row has, or lets go"
                 )
+        _attributes[mapper] = known
     return known
 
 

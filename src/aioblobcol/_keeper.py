@@ -55,7 +55,6 @@ from .errors import (
     Outcome,
     StoreClosedError,
     TransactionAbortedError,
-    TransactionError,
     UnsafeTransactionError,
 )
 
@@ -194,19 +193,6 @@ class Unit:
         self.books.supersede(uri)
         self.stores.setdefault(uri, store)
         self.columns[uri] = attribute.column.name
-
-    def forbid_commit(self, error: TransactionError) -> None:
-        """Have COMMIT refused, unless the savepoint that it happened in is rolled back."""
-        self.books.forbid_commit(error)
-
-    def check_commit(self) -> None:
-        """Raise what forbids COMMIT.
-
-        Raises:
-            TransactionError: see `forbid_commit`.
-        """
-        if self.books.poison is not None:
-            raise self.books.poison
 
     def claim(
         self,
@@ -528,6 +514,7 @@ class Keeper:
         Raises:
             TransactionAbortedError: the database has given the transaction up.
             BlobNotWrittenError, BlobSharedError: of claims.
+            TransactionError: a bulk statement forbids it, see `Frames.forbid_commit`.
         """
         try:
             session.flush()
@@ -538,7 +525,8 @@ class Keeper:
         unit = self.unit
         if unit is None:
             return
-        unit.check_commit()
+        if unit.books.poison is not None:
+            raise unit.books.poison
         if unit.is_idle:
             return
         probe(session, unit.watch)

@@ -249,24 +249,20 @@ def blob_report(session: AsyncSession | async_scoped_session[AsyncSession]) -> D
     return unit.report if unit is not None else DeleteReport()
 
 
-def managing_keeper(session: AsyncSession) -> Keeper:
+def managing_keeper(session: Session) -> Keeper:
     """Return the keeper of any session; one that does not upload gets one for claims alone."""
-    sync = session.sync_session
-    keeper = keeper_of(sync)
+    keeper = keeper_of(session)
     if keeper is None:
-        listen(sync)
-        keeper = Keeper(sync, {}, background=False, commit_seconds=60)
+        listen(session)
+        keeper = Keeper(session, {}, background=False, commit_seconds=60)
     return keeper
 
 
 def _enlist(
     session: Session, results: tuple[PutS3Result | DeleteS3Result, ...], allow_unwritten: bool
 ) -> None:
-    keeper = keeper_of(session)
-    if keeper is None:
-        listen(session)
-        keeper = Keeper(session, {}, background=False, commit_seconds=60)
-    keeper.open_unit(session).claim(session, results, allow_unwritten=allow_unwritten)
+    unit = managing_keeper(session).open_unit(session)
+    unit.claim(session, results, allow_unwritten=allow_unwritten)
 
 
 class _Uploading(AsyncSession):
@@ -356,12 +352,12 @@ class _Transaction(AsyncSessionTransaction):
         leave = functools.partial(super().__aexit__, type_, value, traceback)
         if type_ is None and self.is_active:
             try:
-                await self.session.flush()
+                await _flush(self.session)
             except BaseException as exc:  # the block rolls back, as with any error in it
                 undo = super().__aexit__(type(exc), exc, exc.__traceback__)
                 await _end(self.session, undo)
                 raise
-            await _commit(self.session, leave)
+            await _send_commit(self.session, leave)
         else:
             await _end(self.session, leave())
 
@@ -391,9 +387,19 @@ class _MakerBlock:
 
 async def _commit(session: AsyncSession, send: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Flush, which may be cancelled, and then commit, which may not."""
-    keeper = _keeper(session)
-    keeper.unknown = None
+    await _flush(session)
+    await _send_commit(session, send)
+
+
+async def _flush(session: AsyncSession) -> None:
+    _keeper(session).unknown = None  # the last transaction's is not this one's
     await session.flush()
+
+
+async def _send_commit(
+    session: AsyncSession, send: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    keeper = _keeper(session)
     try:
         seconds = keeper.commit_seconds + keeper.settle_seconds
         await run_to_end(send(), seconds=seconds)

@@ -81,7 +81,9 @@ class Rows:
         absent = set(wanted)
         for _ in range(2):  # whom we waited for may have put another row in the place of one
             for some in batched([key for key in wanted if key in absent], ROWS_PER_READ):
-                statement = _locking(_select(mapper).where(_is_one_of(mapper, some)), mapper)
+                statement = _locking(
+                    _select(mapper).where(is_one_of(mapper.primary_key, some)), mapper
+                )
                 rows.update(_read(mapper, self._execute(connection, statement)))
             absent -= rows.keys()
         self._asked.setdefault(mapper, set()).update(wanted)
@@ -138,7 +140,7 @@ class Rows:
             connection = self._connection(session, mapper)
             now = self._after[mapper] = {}
             for some in batched(list(identities), ROWS_PER_READ):
-                statement = _select(mapper).where(_is_one_of(mapper, some))
+                statement = _select(mapper).where(is_one_of(mapper.primary_key, some))
                 now.update(_read(mapper, self._execute(connection, statement)))
             if self.keys_change:
                 self._look_elsewhere(connection, mapper)
@@ -254,8 +256,10 @@ def _select(mapper: Mapper[Any]) -> Select[Any]:
     return select(*mapper.primary_key, *columns).select_from(mapper.persist_selectable)
 
 
-def _is_one_of(mapper: Mapper[Any], identities: Sequence[Identity]) -> ColumnElement[bool]:
-    key = mapper.primary_key
+def is_one_of(
+    key: Sequence[ColumnElement[Any]], identities: Sequence[Identity]
+) -> ColumnElement[bool]:
+    """Return the condition that the primary *key* is one of *identities*."""
     if len(key) == 1:
         return key[0].in_([identity[0] for identity in identities])
     return tuple_(*key).in_(identities)

@@ -164,7 +164,7 @@ class BlobTransaction:
 
     async def _join(self) -> None:
         """Leave commit and settlement to whoever has begun the session's transaction."""
-        keeper = managing_keeper(self._session)
+        keeper = managing_keeper(self._session.sync_session)
         self._unit = keeper.open_unit(self._session.sync_session)
         self._claims = await self._session.run_sync(
             lambda session: self._open_unit.claim(

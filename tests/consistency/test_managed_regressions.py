@@ -46,6 +46,19 @@ from aioblobcol.testing import MemoryStore, assert_consistent
 SHARES = sa.update(Doc).values(scan=Doc.body).execution_options(synchronize_session=False)
 
 
+def raise_after_commit(database: Database) -> None:
+    """Have the next COMMIT take effect, and raise what no driver does."""
+    dialect: Any = database.engine.sync_engine.dialect
+    do_commit = dialect.do_commit
+
+    def lose(connection: object) -> None:
+        dialect.do_commit = do_commit
+        do_commit(connection)
+        raise RuntimeError("lost")
+
+    dialect.do_commit = lose
+
+
 @pytest_asyncio.fixture
 async def library(database: Database, memory_store: MemoryStore) -> AsyncIterator[Library]:
     """Give empty tables, on both databases, and sessions that upload."""
@@ -586,15 +599,7 @@ class TestEnds:
     ) -> None:
         """COMMIT took effect and something else raised: unknown, and nothing is deleted."""
         async with open_library(sqlite, memory_store) as library:
-            dialect: Any = sqlite.engine.sync_engine.dialect
-            do_commit = dialect.do_commit
-
-            def lose(connection: object) -> None:
-                dialect.do_commit = do_commit
-                do_commit(connection)
-                raise RuntimeError("lost")
-
-            dialect.do_commit = lose
+            raise_after_commit(sqlite)
             with pytest.raises(CommitOutcomeUnknown):
                 await library.add(Doc(name="d", body=Blob(b"1")))
 
@@ -605,18 +610,11 @@ class TestEnds:
     ) -> None:
         """The next transaction's error is its own."""
         async with open_library(sqlite, memory_store) as library:
-            dialect: Any = sqlite.engine.sync_engine.dialect
-            do_commit = dialect.do_commit
-
-            def lose(connection: object) -> None:
-                dialect.do_commit = do_commit
-                do_commit(connection)
-                raise RuntimeError("lost")
 
             def fail(_session: Session) -> None:
                 raise ZeroDivisionError
 
-            dialect.do_commit = lose
+            raise_after_commit(sqlite)
             async with library.session() as session:
                 session.add(Doc(name="d", body=Blob(b"1")))
                 with pytest.raises(CommitOutcomeUnknown):

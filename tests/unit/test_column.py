@@ -564,6 +564,31 @@ class TestMappedClasses:
             with pytest.raises(InvalidSourceError):
                 Bird(**{key: b"page"})
 
+    @pytest.mark.parametrize(
+        "argument",
+        [
+            {"onupdate": sa.null()},
+            {"server_onupdate": sa.FetchedValue()},
+            {"server_default": "s3://bucket/placeholder"},
+        ],
+        ids=lambda argument: next(iter(argument)),
+    )
+    def test_values_that_nobody_assigned(self, argument: dict[str, Any]) -> None:
+        """A value that the database or the column makes is refused, each time it is asked for."""
+
+        class Own(DeclarativeBase):
+            pass
+
+        class Made(Own):
+            __tablename__ = "made"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            html: Mapped[Blob | None] = mapped_column(BlobType(), **argument)
+
+        for _ in range(2):
+            with pytest.raises(InvalidInputError, match="server_default"):
+                blob_attributes(Made.__mapper__)
+        Own.registry.dispose()
+
     def test_what_an_expression_names_is_not_its_own(self) -> None:
         """A `column_property` shows another row's blob, and no flush or delete concerns it."""
 
