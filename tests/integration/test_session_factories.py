@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from advanced_alchemy.base import BasicAttributes
 from advanced_alchemy.config import SQLAlchemyAsyncConfig
 from advanced_alchemy.exceptions import RepositoryError
 from advanced_alchemy.repository import SQLAlchemyAsyncRepository
@@ -40,7 +41,7 @@ class Base(DeclarativeBase):
     pass
 
 
-class Doc(Base):
+class Doc(BasicAttributes, Base):
     __tablename__ = "factory_docs"
     id: Mapped[int] = mapped_column(primary_key=True)
     tenant: Mapped[str | None]

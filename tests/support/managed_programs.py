@@ -444,8 +444,6 @@ class World:
             async with self.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.drop_all)
                 await connection.run_sync(Base.metadata.create_all)
-            gc.collect()
-            gc.freeze()  # so that collecting after a cancellation is quick
             yield self
         finally:
             gc.unfreeze()
@@ -591,6 +589,9 @@ class World:
         Raises:
             AssertionError: what is wrong.
         """
+        if not self.count:  # and not earlier: Hypothesis asks for the referrers of its own objects
+            gc.collect()
+            gc.freeze()  # so that collecting after a cancellation is quick
         self.count += 1
         await self._reset()
         task: ArmedTask | None = None
