@@ -1,9 +1,10 @@
 """What the managed strength costs: the CPU of a create, the memory and load of a large flush.
 
 Create: one row with four columns, by `blob_sessionmaker` and by hand, that is, the same four
-``put_object`` calls of the same tuned client at once and then the commit of the same row with a
-plain `AsyncSession`. Both take turns within each round; what is compared is the CPU time of this
-process, all threads. The server is another process, so that its work does not count.
+``put_object`` calls (with the same checksums) of the same tuned client at once and then the commit
+of the same row with a plain `AsyncSession`. Both take turns within each round; what is compared is
+the CPU time of this process, all threads. The server is another process, so that its work does not
+count.
 
 Flush: many rows with two blobs each. Its memory is what Python has allocated at most, above
 what there was before the objects were added; the bytes of the sources are not part of it. The
@@ -22,6 +23,7 @@ import base64
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import os
 import statistics
 import sys
@@ -113,7 +115,7 @@ class Place:
             Body=body,
             ChecksumCRC32=base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode("ascii"),
             ContentType="application/octet-stream",
-            Metadata={"sha256": "0" * 64},
+            Metadata={"sha256": hashlib.sha256(body).hexdigest()},
         )
 
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ._sources import AsyncReadable, BlobSource, check_source, has_async_read, read_payload
 from ._store._metadata import encode_metadata
@@ -48,6 +48,9 @@ class BlobFacts:
     content_type: str | None = None
     sha256: str | None = None
     filename: str | None = None
+
+
+NO_FACTS: Final = BlobFacts()
 
 
 class Owner(Protocol):
@@ -178,16 +181,17 @@ class Blob:
         self._content_type = checked_content_type(content_type)
         self._filename = filename
         self._metadata = dict(metadata or {})
-        own = [name for name in self._metadata if str(name).lower() in _OWN_METADATA]
-        if own:
-            raise InvalidPutArgumentsError(f"metadata: {', '.join(own)} is set by the library")
-        object_metadata(self._metadata, filename=filename, sha256="0" * 64)
+        if self._metadata:
+            own = [name for name in self._metadata if str(name).lower() in _OWN_METADATA]
+            if own:
+                raise InvalidPutArgumentsError(f"metadata: {', '.join(own)} is set by the library")
+        object_metadata(self._metadata, filename=filename, sha256="0" * 64)  # may refuse it
         self._reset()
 
     def _reset(self) -> None:
         """Become pending (again): whatever was uploaded is not this blob's any more."""
         self._uri: str | None = None
-        self._facts = BlobFacts()
+        self._facts = NO_FACTS
         self._store: Store | None = None
         self._store_name: str | None = None
         self._owner: Owner | None = None
@@ -217,7 +221,7 @@ class Blob:
             InvalidS3UriError: not an S3 URI.
         """
         split_s3_uri(uri)
-        blob = cls._stored(uri, BlobFacts())
+        blob = cls._stored(uri, NO_FACTS)
         blob._store = store
         return blob
 
@@ -477,6 +481,8 @@ def object_metadata(
     Raises:
         InvalidPutArgumentsError: unusable, or too much.
     """
+    if not metadata and filename is None:
+        return {"sha256": sha256}
     named = {} if filename is None else {"filename": filename}
     return encode_metadata({**metadata, **named, "sha256": sha256})
 

@@ -20,7 +20,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import ClauseElement, Null
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from ._blob import Blob, BlobFacts, checked_content_type
+from ._blob import NO_FACTS, Blob, BlobFacts, checked_content_type
 from ._uri import UploadedUri
 from .errors import InvalidInputError, InvalidPutArgumentsError, InvalidSourceError
 
@@ -172,7 +172,7 @@ class BlobType(TypeDecorator[Blob]):
         if isinstance(value, Blob):
             uri, facts = value._uri_for_statement(), value._facts
         elif isinstance(value, UploadedUri):
-            uri, facts = value.for_statement(), BlobFacts()
+            uri, facts = value.for_statement(), NO_FACTS
         else:
             raise InvalidSourceError(describe_refusal(value))
         return uri if self.format == "uri" else {"uri": uri, **dataclasses.asdict(facts)}
@@ -184,7 +184,7 @@ class BlobType(TypeDecorator[Blob]):
         if isinstance(value, Mapping):
             facts = BlobFacts(**{name: value.get(name) for name in _FACTS})
             return Blob._stored(str(value.get("uri")), facts, store_name=self.store)
-        return Blob._stored(str(value), BlobFacts(), store_name=self.store)
+        return Blob._stored(str(value), NO_FACTS, store_name=self.store)
 
     class Comparator(TypeDecorator.Comparator[Any]):
         """Compares by URI; `uri` and `size` are expressions."""
@@ -252,13 +252,22 @@ class BlobUri(TypeDecorator[str]):
         return value.uri if isinstance(value, Blob) else value
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class BlobAttribute:
-    """A mapped attribute with a `BlobType`."""
+    """A mapped attribute with a `BlobType`.
+
+    Attributes:
+        label: what errors call the column: ``tasks.html``.
+        roots: what its URIs begin with, by the store that has looked at the column's arguments.
+    """
 
     key: str
     column: Column[Any]
     type: BlobType
+    label: str
+    roots: weakref.WeakKeyDictionary[Store, str] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
 
 
 def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
@@ -272,7 +281,7 @@ def blob_attributes(mapper: Mapper[Any]) -> tuple[BlobAttribute, ...]:
     known = _attributes.get(mapper)
     if known is None:
         known = tuple(
-            BlobAttribute(prop.key, prop.columns[0], prop.columns[0].type)
+            BlobAttribute(prop.key, prop.columns[0], prop.columns[0].type, str(prop.columns[0]))
             for prop in mapper.column_attrs
             if isinstance(prop.columns[0], Column) and isinstance(prop.columns[0].type, BlobType)
         )

@@ -42,7 +42,14 @@ from ._greenlet import MissingGreenlet, wait_for
 from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
-from ._session import check_level, follow, listen_to_session, note_copies, uris_claimed
+from ._session import (
+    check_level,
+    follow,
+    ignore_undone,
+    listen_to_session,
+    note_copies,
+    uris_claimed,
+)
 from ._statements import Statement, copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
@@ -224,6 +231,7 @@ class Unit:
         self.is_settled = True
         self.watch.root_ended()
         self.watch.stop()
+        self.watch.on_undone = ignore_undone  # a cycle less, so that no collection is needed
         self.outcome = self.watch.last_outcome or Outcome.ROLLED_BACK
         self._keep_what_sql_copied()
         own = self.books.settle(self.outcome)
@@ -701,11 +709,11 @@ def _watch(mapper: Mapper[Any], mapped_class: type[Any]) -> None:
 
 
 def _set_in_flush(target: object, _value: object, _old: object, _initiator: object) -> None:
-    session, state = object_session(target), inspect(target)
-    if session is None or state is None or state.identity is None or not is_flushing(session):
+    session = object_session(target)
+    if session is None or not is_flushing(session):
         return
-    keeper = _keepers.get(session)
-    if keeper is not None:
+    keeper, state = _keepers.get(session), inspect(target)
+    if keeper is not None and state is not None and state.identity is not None:
         keeper.changes_late(session, state)
 
 

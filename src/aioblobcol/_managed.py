@@ -432,6 +432,9 @@ async def _end_failed_commit(session: AsyncSession, error: BaseException) -> Non
 async def _end(session: AsyncSession, work: Coroutine[Any, Any, None]) -> None:
     """Run the end of a transaction to its own end."""
     keeper = _keeper(session)
+    if keeper.unit is None and not session.in_transaction():
+        await work  # there is no connection that it could wait for
+        return
     try:
         await run_to_end(work, seconds=keeper.commit_seconds + keeper.settle_seconds)
     finally:

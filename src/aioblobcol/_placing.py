@@ -7,15 +7,21 @@ byte of the flush is sent; the rest is refused in the upload's own slot, before 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._blob import Blob, BlobFacts, ReadOnce, guess_content_type, object_metadata
+from ._blob import NO_FACTS, Blob, BlobFacts, ReadOnce, guess_content_type, object_metadata
 from ._sources import Payload, check_size, check_source, read_payload
 from ._store._base import CopyRequest, ObjectInfo, PutRequest, Store
 from ._transfer import Upload
-from ._uri import attempt_key, content_key, encode_column, join_s3_uri, normalize_s3_prefix
+from ._uri import (
+    attempt_key,
+    content_key,
+    encode_column,
+    join_s3_uri,
+    new_object_id,
+    normalize_s3_prefix,
+)
 from .errors import ContentTypeRefusedError, InvalidInputError, InvalidPrefixError
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ class Placement:
     subject: Any
     store: Store
     uri: str = ""
-    facts: BlobFacts = dataclasses.field(default_factory=BlobFacts)
+    facts: BlobFacts = NO_FACTS
 
     def plan(self) -> Upload:
         """Check the blob and give it a key; nothing is read or sent.
@@ -50,28 +56,21 @@ class Placement:
             InvalidInputError: refused; the subclass tells what.
             StoreClosedError: the store is not open.
         """
-        self.store.runtime  # noqa: B018 - raises when closed
-        _check_put_arguments(self.store, self.attribute)
-        self._check_size(self._source_size())
-        if self._original is None:
+        store, attribute = self.store, self.attribute
+        store.runtime  # noqa: B018 - raises when closed
+        root = _root_of(store, attribute)
+        if attribute.type.max_bytes is not None or isinstance(self.blob._source, Path):
+            self._check_size(self._source_size())
+        if self._original is None and attribute.type.accept:
             self._check_content_type(self._content_type)
-        self.uri = join_s3_uri(self.store.bucket, attempt_key(self._content_key()))
-        return Upload(
-            store=self.store,
-            column=self.attribute.column.name,
-            uri=self.uri,
-            size=self.blob.size or 0,
-            prepare=self._request,
-        )
+        if attribute.type.prefix is not None:
+            root = _root(store, attribute, self._own_prefix(attribute.type.prefix(self.subject)))
+        self.uri = f"{root}{new_object_id()}"
+        return Upload(store, attribute.column.name, self.uri, self._request)
 
     @property
     def _type(self) -> BlobType:
         return self.attribute.type
-
-    @property
-    def _label(self) -> str:
-        """What errors call the column: ``tasks.html``."""
-        return str(self.attribute.column)
 
     @property
     def _original(self) -> Blob | None:
@@ -90,40 +89,30 @@ class Placement:
     def _source_size(self) -> int | None:
         source = self.blob._source
         if isinstance(source, Path):
-            return check_source(source, column=self._label)
+            return check_source(source, column=self.attribute.label)
         return self.blob.size
 
     def _check_size(self, size: int | None) -> None:
         limit = self._type.max_bytes
         if limit is not None and size is not None:
-            check_size(self._label, size, limit)
+            check_size(self.attribute.label, size, limit)
 
     def _check_content_type(self, content_type: str | None) -> None:
         if not self._type.accepts(content_type or DEFAULT_CONTENT_TYPE):
             raise ContentTypeRefusedError(
-                f"column {self._label!r} accepts {', '.join(self._type.accept)}, not "
+                f"column {self.attribute.label!r} accepts {', '.join(self._type.accept)}, not "
                 f"{content_type}; say Blob(..., content_type=...) if that is wrong"
             )
-
-    def _content_key(self) -> str:
-        column = self.attribute.column
-        prefix = self.store.prefix
-        if self._type.prefix is not None:
-            prefix = f"{prefix}/{self._own_prefix(self._type.prefix(self.subject))}"
-        return content_key(
-            prefix=prefix,
-            encoded_pk=encode_column(str(getattr(column.table, "name", "table"))),
-            column=column.name,
-            md5=None,
-        )
 
     def _own_prefix(self, given: str) -> str:
         try:
             prefix = normalize_s3_prefix(given)
         except InvalidPrefixError as exc:
-            raise InvalidPrefixError(f"prefix= of column {self._label!r}: {exc}") from exc
+            raise InvalidPrefixError(f"prefix= of column {self.attribute.label!r}: {exc}") from exc
         if not prefix:
-            raise InvalidPrefixError(f"prefix= of column {self._label!r} returned {given!r}")
+            raise InvalidPrefixError(
+                f"prefix= of column {self.attribute.label!r} returned {given!r}"
+            )
         return prefix
 
     # --- in the upload's slot
@@ -137,16 +126,16 @@ class Placement:
         async with original._store.open(original.uri) as body:  # of another server, perhaps
             self._learn(original, body.info)
             self._check_facts()
-            payload = await read_payload(self._label, await body.read(), with_md5=False)
+            payload = await read_payload(self.attribute.label, await body.read(), with_md5=False)
         return self._put_request(payload, metadata=body.info.metadata)
 
     async def _read(self) -> Payload:
         source = self.blob._source
         assert source is not None
         if isinstance(source, ReadOnce):
-            source = await source.body(self._label, max_bytes=self._type.max_bytes)
+            source = await source.body(self.attribute.label, max_bytes=self._type.max_bytes)
         return await read_payload(
-            self._label, source, with_md5=False, max_bytes=self._type.max_bytes
+            self.attribute.label, source, with_md5=False, max_bytes=self._type.max_bytes
         )
 
     async def _copy_request(self, original: Blob) -> CopyRequest:
@@ -208,16 +197,24 @@ def store_of(attribute: BlobAttribute, stores: Mapping[str, Store]) -> Store:
         ) from None
 
 
-_checked: weakref.WeakKeyDictionary[Store, weakref.WeakSet[BlobAttribute]] = (
-    weakref.WeakKeyDictionary()
-)
+def _root(store: Store, attribute: BlobAttribute, own_prefix: str) -> str:
+    """Return what the URIs of a column begin with: all but the id of each attempt."""
+    column = attribute.column
+    content = content_key(
+        prefix=f"{store.prefix}/{own_prefix}",
+        encoded_pk=encode_column(str(getattr(column.table, "name", "table"))),
+        column=column.name,
+        md5=None,
+    )
+    uri = join_s3_uri(store.bucket, attempt_key(content))  # looks at the whole of it
+    return uri.removesuffix(uri.rpartition("=")[2])
 
 
-def _check_put_arguments(store: Store, attribute: BlobAttribute) -> None:
-    """Have a store look at a column's arguments, once."""
-    seen = _checked.setdefault(store, weakref.WeakSet())
-    if attribute in seen:
-        return
+def _root_of(store: Store, attribute: BlobAttribute) -> str:
+    """Have a store look at a column's arguments, once, and return the column's `_root`."""
+    known = attribute.roots.get(store)
+    if known is not None:
+        return known
     empty = Payload(body=b"", md5=None, sha256="", crc32=0)
     store.check_put(
         PutRequest(
@@ -228,4 +225,5 @@ def _check_put_arguments(store: Store, attribute: BlobAttribute) -> None:
             arguments={**attribute.type.put_arguments, "ContentType": DEFAULT_CONTENT_TYPE},
         )
     )
-    seen.add(attribute)
+    attribute.roots[store] = root = _root(store, attribute, "")
+    return root

@@ -113,6 +113,10 @@ class _Pending:
     was_in_transaction: bool
 
 
+def ignore_undone(_uris: Collection[str]) -> None:
+    """Nobody wants to know which objects a savepoint has undone."""
+
+
 class TransactionWatch:
     """What one session does, until `stop`. Make it with `watch` or, with books, `follow`.
 
@@ -137,7 +141,7 @@ class TransactionWatch:
         self.books = books
         self.refusal: str | None = None
         self.copying: dict[str, Statement] = {}
-        self.on_undone: Callable[[Collection[str]], None] = lambda _: None
+        self.on_undone: Callable[[Collection[str]], None] = ignore_undone
         self.on_free: Callable[[], None] | None = None
         self.facts = Facts()
         self.was_given_up = False

@@ -113,6 +113,8 @@ async def read_payloads(sources: Sequence[tuple[str, BlobSource]]) -> list[Paylo
 
 def has_async_read(source: object) -> TypeGuard[AsyncReadable]:
     """Tell whether *source* has an ``async def read``, as Starlette's ``UploadFile`` has."""
+    if isinstance(source, bytes):
+        return False
     read = getattr(source, "read", None)
     return not isinstance(source, type) and inspect.iscoroutinefunction(read)
 

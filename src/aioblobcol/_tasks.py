@@ -43,16 +43,16 @@ async def run_to_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
         TimeoutError: the work took longer than *seconds* and was cancelled.
         asyncio.CancelledError: the caller was cancelled; what the work raised is its cause.
     """
-
-    async def bounded() -> T:
-        async with asyncio.timeout(seconds):
-            return await work
-
-    task = asyncio.create_task(bounded(), name="aioblobcol: run to end")
+    task = asyncio.create_task(work, name="aioblobcol: run to end")
+    bound = task.get_loop().call_later(seconds, task.cancel)
     interrupted = await wait_through([task])
-    work.close()  # it never began if the task was cancelled before its first step
+    bound.cancel()
+    took_too_long = task.cancelled() and task.get_loop().time() >= bound.when()
+    error = TimeoutError() if took_too_long else None
     if interrupted is not None:
-        raise interrupted from (None if task.cancelled() else task.exception())
+        raise interrupted from (error or (None if task.cancelled() else task.exception()))
+    if error is not None:
+        raise error
     return task.result()
 
 

@@ -38,7 +38,7 @@ logger = logging.getLogger("aioblobcol.cleanup")
 FOREIGN = "not under this store's bucket and prefix"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Upload:
     """One object that is to be made: by a PUT, or by a copy inside of the server.
 
@@ -46,7 +46,6 @@ class Upload:
         store: where it is made.
         column: its name stands in the errors.
         uri: the new object; the request must be about it.
-        size: in bytes, as far as it is known before `prepare`, for the time limit; 0 for a copy.
         prepare: makes the request, inside of the store's slot and right before it is sent, so
             that there are never more bodies than slots. What it raises is this upload's failure,
             with nothing begun. It may be cancelled.
@@ -55,7 +54,6 @@ class Upload:
     store: Store
     column: str
     uri: str
-    size: int
     prepare: Callable[[], Awaitable[PutRequest | CopyRequest]]
 
 
@@ -69,7 +67,7 @@ class Attempt:
     store: Store
     column: str
     uri: str
-    seconds: float  # how long the request may live
+    seconds: float = 0.0  # how long the request may live
     begun: bool = False
     may_land_late: bool = False
 
@@ -98,10 +96,7 @@ async def upload_each(uploads: Sequence[Upload]) -> list[Attempt]:
         asyncio.CancelledError: the same state; the upload error, if any, is its cause.
     """
     slots, stop = [upload.store.runtime.slots for upload in uploads], _Stop()
-    attempts = [
-        Attempt(upload.store, upload.column, upload.uri, put_seconds(upload.store, upload.size))
-        for upload in uploads
-    ]
+    attempts = [Attempt(upload.store, upload.column, upload.uri) for upload in uploads]
     tasks = [
         asyncio.create_task(
             _upload(upload, attempt, slot, stop), name=f"aioblobcol: put {upload.column}"
@@ -109,16 +104,18 @@ async def upload_each(uploads: Sequence[Upload]) -> list[Attempt]:
         for upload, attempt, slot in zip(uploads, attempts, slots, strict=True)
     ]
     interrupted: asyncio.CancelledError | None = None
+    unfinished: Collection[asyncio.Task[None]] = tasks
     try:
         if tasks:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            _, unfinished = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     except asyncio.CancelledError as exc:
         interrupted = exc
     stop.is_set = True
-    for attempt, task in zip(attempts, tasks, strict=True):
-        if not attempt.begun:
-            task.cancel()
-    interrupted = await wait_through(tasks) or interrupted
+    if unfinished:
+        for attempt, task in zip(attempts, tasks, strict=True):
+            if not attempt.begun:
+                task.cancel()
+        interrupted = await wait_through(unfinished) or interrupted
     failed = [
         (attempt, error)
         for attempt, task in zip(attempts, tasks, strict=True)
@@ -208,7 +205,7 @@ def _prepared(store: Store, request: PutRequest) -> Upload:
     async def prepare() -> PutRequest:
         return request
 
-    return Upload(store, request.column, request.uri, request.payload.size, prepare)
+    return Upload(store, request.column, request.uri, prepare)
 
 
 async def _upload(upload: Upload, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop) -> None:
@@ -226,11 +223,16 @@ async def _prepare_and_send(upload: Upload, attempt: Attempt, stop: _Stop) -> No
     assert request.uri == upload.uri  # or another object would be made than the one to be deleted
     if stop.is_set:  # another one failed meanwhile
         return
-    attempt.seconds = _seconds(upload.store, request)
+    store = upload.store
+    if isinstance(request, CopyRequest):
+        attempt.seconds, send = copy_seconds(store), functools.partial(store.copy, request)
+    else:
+        seconds = put_seconds(store, request.payload.size)
+        attempt.seconds, send = seconds, functools.partial(store.put, request)
     attempt.begun = attempt.may_land_late = True  # nothing awaits before the request
     try:
         async with asyncio.timeout(attempt.seconds):
-            was_answered_at_once = await _send(upload.store, request)
+            was_answered_at_once = await send()
     except StoreClosedError:  # found out before anything was sent
         attempt.begun = attempt.may_land_late = False
         raise
@@ -241,18 +243,6 @@ async def _prepare_and_send(upload: Upload, attempt: Attempt, stop: _Stop) -> No
         verb = "copy" if isinstance(request, CopyRequest) else "put"
         raise StoreUnavailableError(verb, request.uri, "no answer in time") from exc
     attempt.may_land_late = not was_answered_at_once
-
-
-def _seconds(store: Store, request: PutRequest | CopyRequest) -> float:
-    if isinstance(request, CopyRequest):
-        return copy_seconds(store)
-    return put_seconds(store, request.payload.size)
-
-
-async def _send(store: Store, request: PutRequest | CopyRequest) -> bool:
-    if isinstance(request, CopyRequest):
-        return await store.copy(request)
-    return await store.put(request)
 
 
 def _cancelled_by_others(

@@ -536,8 +536,8 @@ class TestOneAct:
             task = asyncio.create_task(
                 upload_each(
                     [
-                        Upload(store, "page", uri_in(store, "a"), 3, upload),
-                        Upload(other, "image", target, 0, copy),
+                        Upload(store, "page", uri_in(store, "a"), upload),
+                        Upload(other, "image", target, copy),
                     ]
                 )
             )
@@ -566,8 +566,8 @@ class TestOneAct:
         with pytest.raises(BlobUploadError, match="prefix/missing") as caught:
             await upload_each(
                 [
-                    Upload(store, "page", uri_in(store, "a"), 3, upload),
-                    Upload(store, "image", uri_in(store, "b"), 0, copy),
+                    Upload(store, "page", uri_in(store, "a"), upload),
+                    Upload(store, "image", uri_in(store, "b"), copy),
                 ]
             )
 

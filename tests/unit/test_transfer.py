@@ -50,19 +50,18 @@ def an_upload(
     store: MemoryStore,
     name: str,
     prepare: Callable[[], Awaitable[PutRequest | CopyRequest]] | None = None,
-    size: int = 4,
 ) -> Upload:
     async def put() -> PutRequest:
         return await put_request(store, name)
 
-    return Upload(store, name, uri_in(store, name), size, prepare or put)
+    return Upload(store, name, uri_in(store, name), prepare or put)
 
 
 def a_copy(store: MemoryStore, name: str, source_uri: str) -> Upload:
     async def copy() -> CopyRequest:
         return CopyRequest(name, uri_in(store, name), source_uri)
 
-    return Upload(store, name, uri_in(store, name), 0, copy)
+    return Upload(store, name, uri_in(store, name), copy)
 
 
 def unanswered(operation: str, uri: str) -> Exception:
@@ -124,7 +123,7 @@ class TestOneAct:
             return await put_request(left, "a", bytes(SLOWEST_BYTES_PER_SECOND * 2))
 
         put, copy = await upload_each(
-            [an_upload(left, "a", large, size=1), a_copy(left, "b", uri_in(left, "old"))]
+            [an_upload(left, "a", large), a_copy(left, "b", uri_in(left, "old"))]
         )
 
         assert put.seconds == left.request_seconds + 2

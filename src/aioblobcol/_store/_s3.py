@@ -248,7 +248,8 @@ class S3Store:
             StoreError: ``may_have_taken_effect`` tells whether the object may be there.
         """
         with translating("put", request.uri):
-            arguments = {**self._put_arguments(request), **await self._checksum(request)}
+            arguments = self._put_arguments(request)
+            await self._protect(request, arguments)
             answer = await self.client.put_object(**arguments)
         return not was_retried(answer)
 
@@ -455,21 +456,24 @@ class S3Store:
             "MetadataDirective": "COPY",
         }
 
-    async def _checksum(self, request: PutRequest) -> dict[str, str]:
-        """Return the argument that protects the body, unless the caller gave one."""
-        has_own = any(
-            name == "ContentMD5" or name.startswith("Checksum") for name in request.arguments
-        )
-        if self._compat is None or has_own:
-            return {}
+    async def _protect(self, request: PutRequest, arguments: dict[str, Any]) -> None:
+        """Add the argument that protects the body, unless the caller gave one."""
+        if self._compat is None:
+            return
+        for name in request.arguments:
+            if name == "ContentMD5" or name.startswith("Checksum"):
+                return
         payload = request.payload
         if self._compat.checksum == "crc32":
-            return {"ChecksumCRC32": _base64(payload.crc32.to_bytes(4, "big"))}
+            arguments["ChecksumCRC32"] = _base64(payload.crc32.to_bytes(4, "big"))
+            return
         if payload.md5 is not None:
-            return {"ContentMD5": _base64(bytes.fromhex(payload.md5))}
-        if payload.size <= HASH_INLINE_BYTES:
-            return {"ContentMD5": _base64(_md5(payload.body))}
-        return {"ContentMD5": _base64(await asyncio.to_thread(_md5, payload.body))}
+            md5 = bytes.fromhex(payload.md5)
+        elif payload.size <= HASH_INLINE_BYTES:
+            md5 = _md5(payload.body)
+        else:
+            md5 = await asyncio.to_thread(_md5, payload.body)
+        arguments["ContentMD5"] = _base64(md5)
 
     async def _delete_round(
         self, uris: list[str], failed_before: Mapping[str, str]
