@@ -15,14 +15,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from sqlalchemy import BindParameter, ClauseElement, Insert, Null
+from sqlalchemy import CTE, BindParameter, ClauseElement, Insert, Null, SelectBase
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.dml import UpdateBase
 
 from ._blob import Blob
 from ._column import BlobAttribute, blob_attributes, row_attributes
 from ._keeper import Keeper, Unit, is_flushing, keeper_of
 from ._placing import Placement, store_of
-from ._rows import Rows
+from ._rows import Rows, is_one_of
 from ._uri import UploadedUri
 from .errors import (
     BlobSharedError,
@@ -32,12 +34,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Result
     from sqlalchemy.orm import Mapper, ORMExecuteState
     from sqlalchemy.sql.compiler import SQLCompiler
 
 # otherwise nobody counts if SQLAlchemy adds a RETURNING of its own
 _COUNTED = {"preserve_rowcount": True}
+MOST_KEYS_HELD = 10_000
+"""Source: PostgreSQL's protocol counts the parameters of a statement in 16 bits."""
 _SEVERAL_VALUES = re.compile(r"_m\d+\Z")
 
 ROWS_ADDED = (
@@ -52,6 +57,10 @@ KEYS_CHANGED = (
     "a bulk UPDATE changed primary keys and managed columns at once, so that its rows cannot be "
     "told apart: do it in two statements, or load the objects. Roll the transaction back"
 )
+CTE_REFUSED = (
+    "this statement changes rows in a CTE, and its condition is asked twice: once to lock and read "
+    "the rows whose objects it lets go. Send the CTE as a statement of its own"
+)
 SELECT_REFUSED = (
     "INSERT .. SELECT would put the object of one row into another one: load the rows and assign "
     "blob.copy()"
@@ -63,7 +72,8 @@ def on_orm_execute(execute: ORMExecuteState) -> Result[Any] | None:
     keeper, mapper = keeper_of(execute.session), execute.bind_mapper
     if keeper is None or mapper is None or execute.is_select or not row_attributes(mapper):
         return None
-    if execute.session.autoflush and not is_flushing(execute.session):
+    wants_flush = execute.session.autoflush and execute.execution_options.get("autoflush", True)
+    if wants_flush and not is_flushing(execute.session):
         execute.session.flush()  # now: a flush in the middle of what follows would be another one
     if execute.is_insert:
         return _Bulk(keeper, execute, mapper).insert()
@@ -119,14 +129,16 @@ class _Bulk:
             self._place_rows()
             if compiled is not None:
                 self._place_values(compiled)
+        if _changes_rows_in_a_cte(self._statement):
+            raise UnsafeTransactionError(CTE_REFUSED)
         unit = self._begin()
-        rows = Rows(self._statement, self._execute.execution_options)
+        rows = Rows(self._execute.bind_arguments, self._execute.execution_options)
         try:
-            self._lock(rows)
+            statement = self._lock(rows)
             if self._execute.is_delete:
                 rows.expect_all_deleted(self._mapper.local_table)
             with unit.watch.copies_are_seen():
-                result = self._invoke(unit)
+                result = self._invoke(unit, statement)
             result, changed = _count(result)
             self._look_again(unit, rows, changed)
         finally:
@@ -189,13 +201,13 @@ class _Bulk:
             raise
         return unit
 
-    def _invoke(self, unit: Unit) -> Result[Any]:
+    def _invoke(self, unit: Unit, statement: Any = None) -> Result[Any]:
         params: Any = None
         if self._placements:
             params = self._rows if self._is_list else self._rows[0]
         sent_before = unit.watch.sent
         try:
-            return self._execute.invoke_statement(params=params, execution_options=_COUNTED)
+            return self._execute.invoke_statement(statement, params, _COUNTED)
         except Exception as exc:
             is_undone = isinstance(exc, DBAPIError) and not (self._is_list or self._placements)
             if unit.watch.sent == sent_before:
@@ -206,15 +218,26 @@ class _Bulk:
 
     # --- what it changes
 
-    def _lock(self, rows: Rows) -> None:
+    def _lock(self, rows: Rows) -> Any:
+        """Lock and read the rows; return the statement, if it needs to be held to them."""
         if self._is_list and self._execute.is_update:  # by primary key
             names = set(self._key_names)
             complete = [row for row in self._rows if names <= row.keys()]  # SQLAlchemy will say so
             rows.lock(self._session, self._mapper, map(self._identity, complete))
-            return
+            return None
         condition = self._statement.whereclause
         for row in self._rows:
             rows.lock_where(self._session, self._mapper, condition, row)
+        key = list(self._mapper.local_table.primary_key)
+        found = rows.keys(self._mapper)
+        if (
+            self._is_list
+            or not _looks_elsewhere(condition)
+            or len(found) * len(key) > MOST_KEYS_HELD
+        ):
+            return None
+        # other rows decide which ones it changes, and those are not locked: it might be others now
+        return self._execute.statement.where(is_one_of(key, found))  # type: ignore[attr-defined]
 
     @property
     def _key_names(self) -> list[str]:
@@ -303,6 +326,21 @@ def _count(result: Result[Any]) -> tuple[Result[Any], int]:
         return result, count
     frozen = result.freeze()
     return frozen(), sum(1 for _ in frozen())
+
+
+def _looks_elsewhere(condition: ColumnElement[bool] | None) -> bool:
+    """Tell whether a condition asks other rows."""
+    return condition is not None and any(
+        isinstance(each, SelectBase) for each in visitors.iterate(condition)
+    )
+
+
+def _changes_rows_in_a_cte(statement: Any) -> bool:
+    """Tell whether part of a statement changes rows by itself."""
+    return any(
+        isinstance(each, CTE) and isinstance(each.element, UpdateBase)
+        for each in visitors.iterate(statement)
+    )
 
 
 def _is_sql(value: object) -> bool:

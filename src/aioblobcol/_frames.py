@@ -15,10 +15,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ._ledger import Settlement
+from ._uri import object_marks
 from .errors import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from .errors import TransactionError
 
@@ -28,6 +29,7 @@ class _Frame:
     name: str
     written: dict[str, None] = dataclasses.field(default_factory=dict)
     superseded: dict[str, None] = dataclasses.field(default_factory=dict)
+    noted: set[str] = dataclasses.field(default_factory=set)
     poison: TransactionError | None = None
 
 
@@ -41,6 +43,7 @@ class Frames:
     def __init__(self) -> None:
         self._ended_with_another: set[str] = set()
         self._bound: set[str] = set()
+        self._expected: set[str] = set()
         self._created: dict[str, None] = {}
         self._frames = [_Frame("")]
         self._kept: set[str] = set()
@@ -84,6 +87,7 @@ class Frames:
         """A statement that puts a new object into a row is about to be sent."""
         self._frames[-1].written[uri] = None
         self._bound.add(uri)
+        self._expected.update(object_marks(uri))
 
     def take_bound(self) -> set[str]:
         """Return what was written since the last call: by the statement that is sent now."""
@@ -95,6 +99,21 @@ class Frames:
         for uri in uris:
             self._frames[-1].written.pop(uri, None)
             self._bound.discard(uri)
+            self._expected.difference_update(object_marks(uri))
+
+    def strangers(self, marks: Iterable[str]) -> set[str]:
+        """Return those of the `object_marks` in a statement that are not of its own blobs."""
+        found: set[str] = set()
+        for mark in marks:
+            if mark in self._expected:
+                self._expected.discard(mark)  # it stands there once
+            else:
+                found.add(mark)
+        return found
+
+    def note(self, marks: Iterable[str]) -> None:
+        """A statement has put the objects of these marks into columns by their strings."""
+        self._frames[-1].noted.update(marks)
 
     def supersede(self, uri: str) -> None:
         """A row has let an object go: it was read before and after the statement."""
@@ -103,6 +122,16 @@ class Frames:
     def forbid_commit(self, error: TransactionError) -> None:
         """Have COMMIT refused, unless the savepoint that it happened in is rolled back."""
         self._frames[-1].poison = error
+
+    def keep_noted(self, *, unless: Collection[str]) -> None:
+        """Keep what a string names in a column that is not managed, such as an audit row's."""
+        noted = {mark for frame in self._frames for mark in frame.noted}
+        if noted:
+            self.keep(
+                uri
+                for uri in self.superseded
+                if uri not in unless and not noted.isdisjoint(object_marks(uri))
+            )
 
     def keep(self, uris: Iterable[str]) -> None:
         """Another row may name these: they are not deleted as superseded, come what may."""
@@ -122,6 +151,7 @@ class Frames:
             inner = self._frames.pop()
             self._frames[-1].written |= inner.written
             self._frames[-1].superseded |= inner.superseded
+            self._frames[-1].noted |= inner.noted
             self._frames[-1].poison = self._frames[-1].poison or inner.poison
             self._note_end(inner, of=name)
 

@@ -43,14 +43,15 @@ from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
 from ._session import (
+    Seen,
     check_level,
     follow,
     ignore_undone,
     listen_to_session,
-    note_copies,
+    look_on,
     uris_claimed,
 )
-from ._statements import Statement, copied_columns
+from ._statements import copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
 from ._transfer import Attempt, compensate, upload_each
@@ -234,6 +235,8 @@ class Unit:
         self.watch.on_undone = ignore_undone  # a cycle less, so that no collection is needed
         self.outcome = self.watch.last_outcome or Outcome.ROLLED_BACK
         self._keep_what_sql_copied()
+        # of the explicit strength: its own books tell what of them is needed
+        self.books.keep_noted(unless={uri for each in self.claims for uri in each.ledger.created})
         own = self.books.settle(self.outcome)
         self._conclude_blobs(own)
         verdicts = [Verdict(own, self.stores, self.attempts, {})]
@@ -324,7 +327,7 @@ class Keeper:
         self.last: Unit | None = None
         self.unknown: CommitOutcomeUnknown | None = None
         self._is_preparing = False
-        self._copying: dict[str, Statement] = {}
+        self._seen = Seen()
         session.info[STORES_OF_SESSION] = stores
         _keepers[session] = self
 
@@ -333,13 +336,14 @@ class Keeper:
         if self.unit is None:
             self.unknown = None
             self.unit = self.last = Unit(session)
-            self.unit.watch.copying.update(self._copying)
+            self.unit.watch.copying.update(self._seen.copying)
+            self.unit.books.note(self._seen.noted)
         return self.unit
 
     def begins(self, connection: Connection) -> None:
         """Look at what is sent from now on, although nothing is at stake yet."""
         if self.unit is None:
-            note_copies(connection, self._copying)
+            look_on(connection, self._seen)
 
     @property
     def settle_seconds(self) -> float:
@@ -547,7 +551,7 @@ class Keeper:
         """Settle, or leave it to the end of the connection's transaction."""
         unit, self.unit = self.unit, None
         if unit is None:
-            self._copying.clear()
+            self._seen.clear()
             return
         if unit.watch.carry_over():
             for claims in unit.claims:
@@ -555,7 +559,7 @@ class Keeper:
                 claims.watch.carry_over()
             unit.watch.on_free = lambda: self._start(unit, self._judge(unit))
             return
-        self._copying.clear()
+        self._seen.clear()
         verdicts = self._judge(unit)
         if not verdicts:
             return

@@ -42,9 +42,13 @@ class Rows:
 
     keys_change = False
 
-    def __init__(self, statement: Any = None, options: Mapping[str, Any] | None = None) -> None:
-        """Take the bulk statement, for sessions that route by it, and its execution options."""
-        self._routing = {} if statement is None else {"clause": statement}
+    def __init__(
+        self,
+        routing: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a bulk statement's ``bind_arguments`` and execution options."""
+        self._routing = dict(routing or {})
         known = options or {}
         self._options = {k: known[k] for k in ("schema_translate_map",) if k in known}
         self._before: dict[Mapper[Any], dict[Identity, Cells]] = {}
@@ -63,6 +67,10 @@ class Rows:
     def count(self, mapper: Mapper[Any]) -> int:
         """Return how many rows of a class were found."""
         return len(self._before.get(mapper, {}))
+
+    def keys(self, mapper: Mapper[Any]) -> list[Identity]:
+        """Return the primary keys of the rows of a class that were found."""
+        return list(self._before.get(mapper, {}))
 
     # --- before
 

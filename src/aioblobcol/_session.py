@@ -40,6 +40,7 @@ from ._statements import (
     Evidence,
     Kind,
     Statement,
+    assigned_marks,
     assigned_uris,
     copied_columns,
     count_sets,
@@ -111,6 +112,7 @@ class _Pending:
     sets: int
     changes_before: int | None
     was_in_transaction: bool
+    strangers: Collection[str]
 
 
 def ignore_undone(_uris: Collection[str]) -> None:
@@ -158,6 +160,7 @@ class TransactionWatch:
         )
         self._pending: dict[int, _Pending] = {}
         self._failed: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._begun_by_driver: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._is_refused = False
         self.sent = 0
         self._copies_are_seen = False
@@ -247,11 +250,12 @@ class TransactionWatch:
         if is_control or self._is_refused:
             self.facts.foreign_control = True
         watched = self.ledger.watched
+        strangers: Collection[str] = ()
         if self.books is not None:
-            watched |= self.books.superseded
             bound = self.books.take_bound()
             if statement.may_skip_conflicts or statement.replaces_rows:
                 self._check_upsert(self.books, bound)
+            strangers = self.books.strangers(assigned_marks(statement, parameters, text))
         named = named_uris(parameters, text, watched) if watched else set()
         if statement.kind.changes_rows and mode is Mode.LEGACY_SQLITE and not is_in_transaction:
             self._check_legacy(statement)
@@ -265,6 +269,7 @@ class TransactionWatch:
             count_sets(parameters, executemany=executemany),
             total_changes(connection) if named else None,
             is_in_transaction,
+            strangers,
         )
 
     def _check_upsert(self, books: Frames, carried: Collection[str]) -> None:
@@ -291,7 +296,11 @@ class TransactionWatch:
         if kind.changes_rows:
             if in_open_transaction(connection) is False:
                 self.facts.autocommit = True  # whatever the reason: it is durable already
+            elif self._modes.get(connection) is Mode.LEGACY_SQLITE:
+                self._begun_by_driver.add(connection)
             self._note_copies(pending.statement)
+            if self.books is not None and pending.strangers:
+                self.books.note(pending.strangers)
             if pending.named:
                 self._note_write(connection, cursor, context, pending)
 
@@ -338,8 +347,6 @@ class TransactionWatch:
             self.ledger.wrote(pending.named, evidence, removes=True, is_delete=True)
             return
         self.ledger.rehomed(pending.assigned)
-        if self.books is not None:
-            self.books.keep(pending.assigned)
         if evidence is not Evidence.NOTHING:
             self.ledger.placed(pending.assigned)
         table = getattr(getattr(context.compiled, "statement", None), "table", None)
@@ -460,8 +467,12 @@ class TransactionWatch:
     def _was_ended_behind(self, connection: Connection) -> bool:
         """Tell whether somebody else ended the transaction, on the same connection."""
         is_gone = in_open_transaction(connection) is False
-        began = self._modes.get(connection) is Mode.EXPLICIT
+        began = self._modes.get(connection) is Mode.EXPLICIT or connection in self._begun_by_driver
         return is_gone and began and not self.was_given_up
+
+    def has_intruder(self) -> None:
+        """Somebody else ends a transaction on the driver's connection that we use, too."""
+        self.facts.foreign_control = True
 
     def acknowledged(self) -> None:
         """COMMIT was answered, on every connection."""
@@ -565,6 +576,7 @@ class TransactionWatch:
         self.connections = weakref.WeakSet()
         self._pending.clear()
         self._failed.clear()
+        self._begun_by_driver.clear()
         self.facts = Facts()
         self.was_given_up = self._is_refused = False
         self.sent = 0
@@ -573,9 +585,27 @@ class TransactionWatch:
 # --- watching --------------------------------------------------------------------------------
 
 
-def note_copies(connection: Connection, found: dict[str, Statement]) -> None:
-    """Collect the statements that may copy a URI, for as long as nobody follows *connection*."""
-    _unwatched[connection] = found
+@dataclasses.dataclass(slots=True)
+class Seen:
+    """What a session's statements did before anything was at stake.
+
+    Attributes:
+        copying: statements that may have copied a URI from one cell to another by themselves.
+        noted: the `object_marks` of what they have put into columns.
+    """
+
+    copying: dict[str, Statement] = dataclasses.field(default_factory=dict)
+    noted: set[str] = dataclasses.field(default_factory=set)
+
+    def clear(self) -> None:
+        """The transaction is over."""
+        self.copying.clear()
+        self.noted.clear()
+
+
+def look_on(connection: Connection, seen: Seen) -> None:
+    """Note what is put into columns, and copied, for as long as nobody follows *connection*."""
+    _unwatched[connection] = seen
     _listen_to_engine(connection.engine)
 
 
@@ -697,9 +727,7 @@ Watches = tuple[TransactionWatch, ...]
 
 _by_session: weakref.WeakKeyDictionary[Session, Watches] = weakref.WeakKeyDictionary()
 _by_connection: weakref.WeakKeyDictionary[Connection, Watches] = weakref.WeakKeyDictionary()
-_unwatched: weakref.WeakKeyDictionary[Connection, dict[str, Statement]] = (
-    weakref.WeakKeyDictionary()
-)
+_unwatched: weakref.WeakKeyDictionary[Connection, Seen] = weakref.WeakKeyDictionary()
 # by the id of the driver's connection, which the pool's events hand out
 _carried: dict[int, Watches] = {}
 _listening: set[type] = set()
@@ -799,15 +827,17 @@ def _before_cursor_execute(
 
 
 def _after_cursor_execute(
-    connection: Connection, cursor: Any, text: str, _parameters: Any, context: Any, _many: bool
+    connection: Connection, cursor: Any, text: str, parameters: Any, context: Any, _many: bool
 ) -> None:
     watches = _by_connection.get(connection, ())
     for watched in watches:
         watched.answered(connection, cursor, context)
     if not watches and connection in _unwatched and text[:6] != "SELECT":
         statement = read_statement(text, dialect=connection.dialect.name)
+        seen = _unwatched[connection]
         if may_copy(statement):
-            _unwatched[connection][statement.code] = statement
+            seen.copying[statement.code] = statement
+        seen.noted.update(assigned_marks(statement, parameters, text))
 
 
 def _handle_error(error: ExceptionContext) -> BaseException | None:
@@ -822,13 +852,25 @@ def _handle_error(error: ExceptionContext) -> BaseException | None:
 
 
 def _commit(connection: Connection) -> None:
+    _warn_others(connection)
     for watched in _by_connection.get(connection, ()):
         watched.sends_commit(connection)
 
 
 def _rollback(connection: Connection) -> None:
+    _warn_others(connection)
     for watched in _by_connection.get(connection, ()):
         watched.sends_rollback(connection)
+
+
+def _warn_others(connection: Connection) -> None:
+    """Tell whoever else uses the one connection of a `StaticPool`: its transaction ends as well."""
+    if not isinstance(connection.engine.pool, StaticPool):
+        return
+    for other, watches in tuple(_by_connection.items()):
+        if other is not connection and other.engine.pool is connection.engine.pool:
+            for watched in watches:
+                watched.has_intruder()
 
 
 def _commit_twophase(connection: Connection, _xid: Any, _is_prepared: bool) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from ._uri import object_marks
+
 
 class Kind(enum.Enum):
     """What matters about a statement."""
@@ -282,20 +284,38 @@ def assigned_uris(
 
     All of an INSERT's; of an UPDATE's those before its WHERE; in doubt, all. None of a DELETE's.
     """
-    if statement.kind not in {Kind.INSERT, Kind.UPDATE}:
+    if not named:
         return set()
+    assigned = set(assigned_strings(statement, parameters, text))
+    return {uri for uri in named if uri in assigned or any(uri in value for value in assigned)}
+
+
+def assigned_strings(statement: Statement, parameters: Any, text: str) -> Iterator[str]:
+    """Yield the strings with ``s3://`` that a statement puts into rows, as far as can be told.
+
+    All of an INSERT's; of an UPDATE's those before its WHERE; in doubt, all. None of a DELETE's.
+    Its own text, as far as it counts, is one of them.
+    """
+    if statement.kind not in {Kind.INSERT, Kind.UPDATE}:
+        return
     where = statement.where_at
     if statement.kind is Kind.INSERT or not statement.is_countable or where is None:
-        return set(named)
-    is_many = isinstance(parameters, (list, tuple)) and parameters and _is_set(parameters[0])
-    sets = parameters if is_many else [parameters]
-    before = {
-        value
-        for each in sets
-        for at, value in _placed_parameters(statement.code, each)
-        if at < where and isinstance(value, str)
-    }
-    return {uri for uri in named if any(uri in value for value in before) or uri in text[:where]}
+        yield from _strings(parameters)
+        where = len(text)
+    else:
+        is_many = isinstance(parameters, (list, tuple)) and parameters and _is_set(parameters[0])
+        for each in parameters if is_many else [parameters]:
+            if next(_strings(each), None) is not None:
+                placed = _placed_parameters(statement.code, each)
+                yield from _strings([value for at, value in placed if at < where])
+    if "s3://" in text[:where]:
+        yield text[:where]
+
+
+def assigned_marks(statement: Statement, parameters: Any, text: str) -> Iterator[str]:
+    """Yield the `object_marks` of the strings that a statement puts into rows."""
+    for value in assigned_strings(statement, parameters, text):
+        yield from object_marks(value)
 
 
 def copied_columns(statement: Statement, names: Iterable[str]) -> set[str]:

@@ -38,6 +38,8 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _SAFE = re.compile(r"[A-Za-z0-9._~=-]+")
 _COLUMN = re.compile(r"[A-Za-z0-9._~-]+")
 _OWN_KEY = re.compile(r"/id=[0-9a-f]{32}\Z")
+_OWN_ID = re.compile(r"/id=([0-9a-f]{32})(?![0-9a-f])")
+_LITERAL = re.compile(r"'(s3://[^']*)'")
 
 
 class UploadedUri(str):
@@ -276,6 +278,16 @@ def root_uri(bucket: str, prefix: str) -> str:
 def is_one_attempt(s3_uri: str) -> bool:
     """Tell whether the key ends in an id of its own; sqlalchemy_mate's keys do not."""
     return _OWN_KEY.search(s3_uri) is not None
+
+
+def object_marks(text: str) -> list[str]:
+    """Return what tells which objects *text* names: their ids, however the rest is written.
+
+    Of a URI without an id of its own, if it is all of the text or a literal in SQL, the URI.
+    """
+    if text.startswith("s3://"):
+        return _OWN_ID.findall(text) or [text]
+    return [*_OWN_ID.findall(text), *_LITERAL.findall(text)]
 
 
 def _utf8(text: str, error: type[Exception]) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -23,8 +24,9 @@ from sqlalchemy.orm import (
     relationship,
     with_loader_criteria,
 )
+from sqlalchemy.pool import StaticPool
 from support.databases import Database
-from support.library import Album, Doc, Item, Library, Photo, Song, Video, open_library
+from support.library import Album, Doc, Item, Library, Page, Photo, Song, Video, open_library
 
 from aioblobcol import (
     Blob,
@@ -35,13 +37,15 @@ from aioblobcol import (
     PutS3ApiCall,
     TransactionAbortedError,
     UnsafeTransactionError,
+    blob_report,
     blob_sessionmaker,
     enlist,
     put_s3,
+    track_blobs,
 )
 from aioblobcol._frames import Frames
 from aioblobcol.errors import Outcome
-from aioblobcol.testing import MemoryStore, assert_consistent
+from aioblobcol.testing import MemoryStore, StoredObject, assert_consistent
 
 SHARES = sa.update(Doc).values(scan=Doc.body).execution_options(synchronize_session=False)
 
@@ -279,6 +283,116 @@ class TestUnseenChanges:
         assert await library.check() == [b"3", b"4"]
 
 
+class TestStrings:
+    """A row of the user's that names an object in a column of text, such as an audit's."""
+
+    @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+    @pytest.mark.parametrize("how", ["unit of work", "core", "text", "literal", "document"])
+    async def test_an_old_object_is_named(self, library: Library, *, first: bool, how: str) -> None:
+        """It is kept, in whatever order the two are written, and the report says so."""
+        await library.add(doc := Doc(name="d", body=Blob(b"1")))
+        assert doc.body is not None
+        old = doc.body.uri
+        async with library.session() as session:
+            doc = await session.get_one(Doc, "d")
+            if first:
+                await self.name_it(session, old, how)
+            doc.body = Blob(b"2")
+            await session.flush()
+            if not first:
+                await self.name_it(session, old, how)
+            await session.commit()
+
+            assert set(blob_report(session).kept) == {old}
+        assert await library.check(orphans=(old,)) == [b"2"]
+
+    async def name_it(self, session: AsyncSession, uri: str, how: str) -> None:
+        title = f'{{"was": "{uri}", "by": "\u00e9"}}' if how == "document" else uri
+        if how in {"unit of work", "document"}:
+            session.add(Doc(name="audit", title=title))
+            await session.flush()
+        elif how == "core":
+            await session.execute(sa.insert(Doc.__table__).values(name="audit", title=title))  # type: ignore[arg-type]
+        elif how == "text":
+            insert = sa.text("INSERT INTO docs (name, title) VALUES ('audit', :title)")
+            await session.execute(insert, {"title": title})
+        else:
+            quoted = title.replace(":", "\\:")
+            insert = sa.text(f"INSERT INTO docs (name, title) VALUES ('audit', '{quoted}')")  # noqa: S608
+            await session.execute(insert)
+
+    async def test_one_with_a_key_of_other_programs(self, library: Library) -> None:
+        """An object without an id of ours is told by the whole of its URI."""
+        old = f"s3://{library.store.bucket}/{library.store.prefix}/by/hand"
+        library.store.objects[old] = StoredObject(b"1", {}, {})
+        async with library.engine.begin() as connection:
+            await connection.execute(
+                sa.text("INSERT INTO docs (name, body) VALUES ('d', :uri)"), {"uri": old}
+            )
+        async with library.session.begin() as session:
+            session.add(Doc(name="audit", title=old))
+            (await session.get_one(Doc, "d")).body = Blob(b"2")
+
+        assert await library.check(orphans=(old,)) == [b"2"]
+
+    async def test_in_a_condition(self, library: Library) -> None:
+        """To look for it does not keep it."""
+        await library.add(doc := Doc(name="d", body=Blob(b"1")))
+        assert doc.body is not None
+        by_uri = sa.text("UPDATE docs SET title = 'x' WHERE body = :uri")
+        async with library.session.begin() as session:
+            await session.execute(by_uri, {"uri": doc.body.uri})
+            await session.execute(
+                sa.update(Doc).where(Doc.body == doc.body.uri).values(body=Blob(b"2"))
+            )
+
+        assert await library.check() == [b"2"]
+
+    async def test_undone_with_a_savepoint(self, library: Library) -> None:
+        """What a savepoint has named and taken back is named by nobody."""
+        await library.add(doc := Doc(name="d", body=Blob(b"1")))
+        assert doc.body is not None
+        async with library.session.begin() as session:
+            loaded = await session.get_one(Doc, "d")
+            loaded.body = Blob(b"2")
+            await session.flush()
+            async with session.begin_nested() as savepoint:
+                session.add(Doc(name="audit", title=doc.body.uri))
+                await session.flush()
+                await savepoint.rollback()
+
+        assert await library.check() == [b"2"]
+
+    async def test_a_new_one_that_is_replaced_again(self, library: Library) -> None:
+        """Its own statement does not name it, somebody else's does."""
+        for is_named in (False, True):
+            async with library.session.begin() as session:
+                doc = await session.merge(Doc(name="d", body=Blob(b"1")))
+                await session.flush()
+                assert doc.body is not None
+                first = doc.body.uri
+                if is_named:
+                    session.add(Doc(name="audit", title=first))
+                    await session.flush()
+                doc.body = Blob(b"2")
+
+            assert await library.check(orphans=(first,) if is_named else ()) == [b"2"]
+
+    async def test_many_of_them(self, library: Library) -> None:
+        """New objects that are replaced in the same transaction, row by row, leave nothing."""
+        async with library.session.begin() as session:
+            docs = [Doc(name=str(n), body=Blob(b"1")) for n in range(40)]
+            photos = Album(id=1, photos=[Photo(image=Blob(b"1")) for _ in range(40)])
+            session.add_all([*docs, photos])
+            await session.flush()
+            for doc in docs:
+                doc.body = Blob(b"2")
+            for photo in photos.photos:
+                photo.image = Blob(b"2")
+
+        assert await library.check() == 80 * [b"2"]
+
+
 class TestBulk:
     async def test_returning_of_nothing(self, library: Library) -> None:
         """An UPDATE with RETURNING that matches nothing leaves no object."""
@@ -340,6 +454,80 @@ class TestBulk:
             sa.event.remove(postgres.engine.sync_engine, "before_cursor_execute", add)
 
             assert await library.check() == []
+
+    @pytest.mark.parametrize("kind", ["delete", "update"])
+    async def test_a_condition_on_rows_that_change_meanwhile(
+        self, postgres: Database, memory_store: MemoryStore, kind: str
+    ) -> None:
+        """A statement changes the rows that were locked, whatever its subquery says by then."""
+        async with open_library(postgres, memory_store) as library:
+            await library.add(
+                Doc(name="a", body=Blob(b"a")),
+                Doc(name="b", body=Blob(b"b")),
+                Page(book="a", number=1),
+            )
+
+            def turn(_c: object, _cursor: object, text: str, *_: object) -> None:
+                if text.startswith(f"{kind.upper()} {'FROM ' * (kind == 'delete')}docs"):
+                    sa.util.await_only(move())
+
+            async def move() -> None:
+                async with library.session.begin() as other:
+                    await other.execute(sa.update(Page).values(book="b"))
+
+            named = sa.select(Page.book).where(Page.book == Doc.name).exists()
+            statement: Any = sa.delete(Doc) if kind == "delete" else sa.update(Doc)
+            if kind == "update":
+                statement = statement.values(body=None)
+            sa.event.listen(postgres.engine.sync_engine, "before_cursor_execute", turn)
+            async with library.session.begin() as session:
+                result: Any = await session.execute(statement.where(named))
+                assert result.rowcount == 0
+            sa.event.remove(postgres.engine.sync_engine, "before_cursor_execute", turn)
+
+            assert await library.check() == [b"a", b"b"]
+
+    async def test_a_condition_that_changes_rows(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """It would be asked twice, so it is refused before anything is sent."""
+        async with open_library(postgres, memory_store) as library:
+            await library.add(Doc(name="a", body=Blob(b"a")), Page(book="a", number=1))
+            gone = sa.delete(Page).returning(Page.book).cte()
+            statement = sa.delete(Doc).where(Doc.name.in_(sa.select(gone.c.book)))
+            async with library.session() as session:
+                with pytest.raises(UnsafeTransactionError, match="CTE"):
+                    await session.execute(statement)
+                assert not session.in_transaction()
+
+            assert await library.check() == [b"a"]
+
+    async def test_without_autoflush(self, library: Library) -> None:
+        """The option of one statement holds for it."""
+        async with library.session.begin() as session:
+            session.add(Doc(name="new", body=Blob(b"1")))
+            await session.execute(sa.delete(Doc), execution_options={"autoflush": False})
+            assert session.new
+
+        assert await library.check() == [b"1"]
+
+    async def test_bind_arguments(self, library: Library) -> None:
+        """What routes the statement routes the reads of its rows as well."""
+        asked: list[Any] = []
+
+        class Routed(Session):
+            def get_bind(self, mapper: Any = None, *, tenant: str = "", **arguments: Any) -> Any:
+                asked.append(tenant)
+                return super().get_bind(mapper, **arguments)
+
+        await library.add(Doc(name="a", body=Blob(b"a")))
+        factory = blob_sessionmaker(library.engine, library.store, sync_session_class=Routed)
+        async with factory() as session:
+            await session.execute(sa.delete(Doc), bind_arguments={"tenant": "x"})
+            await session.commit()
+
+        assert set(asked) == {"x"}
+        assert await library.check() == []
 
     @pytest.mark.parametrize("in_values", [True, False])
     async def test_null_beside_values(self, library: Library, in_values: bool) -> None:
@@ -621,6 +809,101 @@ class TestEnds:
                     await session.commit()
                 with pytest.raises(ZeroDivisionError):
                     await session.run_sync(fail)
+
+
+class TestOneConnectionForAll:
+    """SQLite in memory with a `StaticPool`: whoever ends a transaction ends everybody's."""
+
+    @pytest.mark.parametrize("is_explicit", [True, False], ids=["explicit", "legacy"])
+    @pytest.mark.parametrize("is_managed", [True, False], ids=["managed", "plain"])
+    @pytest.mark.parametrize(
+        "ends",
+        [
+            ("mine rolls back", "other commits"),
+            ("other commits", "mine rolls back"),
+            ("other rolls back", "mine commits"),
+            ("mine commits", "other rolls back"),
+            ("mine commits", "other commits"),
+            ("other commits", "mine commits"),
+            ("other commits", "other begins", "mine rolls back"),
+            ("other rolls back", "other begins", "mine commits"),
+        ],
+        ids="-".join,
+    )
+    async def test_two_sessions_at_once(
+        self,
+        memory_store: MemoryStore,
+        caplog: pytest.LogCaptureFixture,
+        ends: tuple[str, ...],
+        *,
+        is_explicit: bool,
+        is_managed: bool,
+    ) -> None:
+        """What another session may have committed is not deleted, and what is left is named."""
+        engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
+        class_ = track_blobs(AsyncSession, memory_store)
+        managed = async_sessionmaker(engine, class_=class_, expire_on_commit=False)
+        if is_explicit:
+            managed = blob_sessionmaker(engine, memory_store)
+        plain = async_sessionmaker(engine, class_=class_ if is_managed else AsyncSession)
+        async with engine.begin() as connection:
+            await connection.run_sync(Doc.metadata.create_all)
+        async with managed.begin() as session:
+            session.add(Doc(name="d", body=Blob(b"old")))
+        async with managed() as mine, plain() as other:
+            (await mine.get_one(Doc, "d")).body = Blob(b"new")
+            await mine.flush()
+            other.add(Doc(name="e", body=Blob(b"other") if is_managed else None))
+            await other.flush()
+            for end in ends:
+                session = mine if end.startswith("mine") else other
+                if end.endswith("begins"):
+                    await session.execute(sa.text("UPDATE docs SET title = 't' WHERE name = 'e'"))
+                elif end.endswith("commits"):
+                    with contextlib.suppress(CommitOutcomeUnknown):
+                        await session.commit()
+                else:
+                    await session.rollback()
+        async with engine.connect() as connection:
+            bodies = await connection.scalars(sa.select(Doc.body).where(Doc.body.is_not(None)))
+            named = {body.uri for body in bodies if body is not None}
+        await engine.dispose()
+
+        assert named <= memory_store.objects.keys()
+        for orphan in memory_store.objects.keys() - named:
+            assert orphan in caplog.text
+
+    @pytest.mark.parametrize("is_explicit", [True, False], ids=["explicit", "legacy"])
+    async def test_the_driver_is_told_to_commit(
+        self,
+        sqlite: Database,
+        memory_store: MemoryStore,
+        caplog: pytest.LogCaptureFixture,
+        *,
+        is_explicit: bool,
+    ) -> None:
+        """Behind SQLAlchemy's back, and then the session is rolled back: nothing is deleted."""
+        engine = create_async_engine(sqlite.url)
+        class_ = track_blobs(AsyncSession, memory_store)
+        factory = async_sessionmaker(engine, class_=class_)
+        if is_explicit:
+            factory = blob_sessionmaker(engine, memory_store)
+        async with open_library(sqlite, memory_store):
+            async with factory() as session:
+                session.add(doc := Doc(name="d", body=Blob(b"1")))
+                await session.flush()
+                assert doc.body is not None
+                uri = doc.body.uri
+                raw = await (await session.connection()).get_raw_connection()
+                assert raw.driver_connection is not None
+                await raw.driver_connection.commit()
+                await session.rollback()
+
+            found = await assert_consistent(memory_store, engine, [Doc.body])
+        await engine.dispose()
+
+        assert list(found) == [uri]
+        assert uri in caplog.text
 
 
 class TestFrames:
