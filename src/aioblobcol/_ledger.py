@@ -216,8 +216,15 @@ class Ledger:
     @property
     def watched(self) -> frozenset[str]:
         """The URIs whose statements matter."""
+        if self.is_empty:
+            return frozenset()
         old = {uri for uri in self._replaces.values() if uri is not None}
         return frozenset(self._replaces.keys() | old | self._deletes.keys())
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was ever recorded."""
+        return not (self._replaces or self._deletes)
 
     # --- what happened
 
@@ -363,6 +370,9 @@ class Ledger:
                 savepoint of it proves nothing.
         """
         root = self._frames[0]
+        if self.is_empty:
+            self._frames = [root]
+            return
         for frame in self._frames[1:]:
             root.absorb(frame)
         self._frames = [root]

@@ -848,7 +848,7 @@ class Actor:
         for what, row, columns in planned:
             if what == "delete" and row not in added:
                 self.rows.pop(row, None)
-            elif what != "delete":
+            elif what == "add" or columns:
                 self.rows.setdefault(row, dict.fromkeys(COLUMNS_OF[class_of(row)]))
                 self.rows[row].update(columns)
 
