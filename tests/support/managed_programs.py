@@ -1021,7 +1021,8 @@ class Actor:
             await self.session.commit()
         except BaseException:
             await self.world.resolve(before, self.candidate)
-            self.start_over()
+            if not self.session.in_transaction():  # it goes on if the flush could not upload
+                self.start_over()
             raise
         await self.world.resolve(before if self.candidate is None else self.candidate)
         self.start_over()
