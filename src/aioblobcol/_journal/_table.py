@@ -1,0 +1,257 @@
+"""The journal's table, as a part of the user's `MetaData`, and the triggers that go with it.
+
+A live object is not in the journal, an object in the journal is not live: rows adopt an object's
+entry and retire what they replace, and this is done by triggers and by nobody else.
+
+Invariants: a journaled table is created with its triggers in the same transaction (`create_all`),
+and printed with them; everything that is printed may be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    event,
+    func,
+    text,
+)
+from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
+
+from .._column import BlobType
+from .._store._base import Store
+from .._uri import root_uri
+from ..errors import InvalidInputError
+from ._columns import JournaledTable, UriColumn
+from ._postgresql import PostgresqlTriggers
+from ._sqlite import SqliteTriggers
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Dialect
+
+TABLE_NAME = "aioblobcol_journal"
+STATES = ("staged", "retired", "deleting")
+
+
+class Triggers(Protocol):
+    """What a dialect writes: statements that may be run again."""
+
+    def create_functions(self) -> list[str]:
+        """Install what other programs call."""
+
+    def drop_functions(self) -> list[str]:
+        """Take it away."""
+
+    def create(self, journaled: JournaledTable) -> list[str]:
+        """Install the triggers of one table, unless two of its cells name one object."""
+
+    def drop(self, journaled: JournaledTable) -> list[str]:
+        """Take them away."""
+
+
+class Journal:
+    """What is written down about objects that no row names: made once, beside the `MetaData`.
+
+    Its table is one of the user's: ``create_all`` and Alembic see it, and ``create_all`` creates
+    the triggers of every table with managed columns that it creates or finds.
+
+    Attributes:
+        table: the journal's own.
+        stores: by name.
+        lease: after how long an object that is staged and that nobody has adopted is deleted.
+        retention: how long an object is kept after its row let it go.
+    """
+
+    def __init__(
+        self,
+        metadata: MetaData,
+        stores: Store | Mapping[str, Store],
+        *,
+        table_name: str = TABLE_NAME,
+        schema: str | None = None,
+        uri_columns: Iterable[Any] = (),
+        lease: timedelta = timedelta(hours=1),
+        retention: timedelta = timedelta(minutes=10),
+        strict: bool = True,
+    ) -> None:
+        """Add the journal's table to *metadata*.
+
+        Args:
+            metadata: of the mapped classes; their tables may be declared later.
+            stores: one, or several by name. What lies outside of their buckets and prefixes, and
+                keys without an id of their own, are foreign: nobody adopts, retires or deletes
+                them.
+            table_name: of the journal.
+            schema: of the journal; by default that of *metadata*.
+            uri_columns: columns of strings with URIs, of the explicit strength; managed columns
+                are found by their type.
+            lease: see the attribute.
+            retention: see the attribute; longer than a replica may lag.
+            strict: False records a warning where a statement would be refused (PostgreSQL), or
+                nothing (SQLite): for a rolling deployment, as long as old programs write rows.
+
+        Raises:
+            InvalidInputError: no store, or times that are none.
+        """
+        named = dict(stores) if isinstance(stores, Mapping) else {"default": stores}
+        if not named or not all(hasattr(store, "delete_many") for store in named.values()):
+            raise InvalidInputError("Journal(metadata, store): a store, or a dict of stores")
+        if lease <= timedelta(0) or retention < timedelta(0):
+            raise InvalidInputError("lease is longer than no time, retention not negative")
+        self.stores: Mapping[str, Store] = named
+        self.lease = lease
+        self.retention = retention
+        self._strict = strict
+        self._uri_columns = [_column_of(column) for column in uri_columns]
+        self._metadata = metadata
+        self.table = _journal_table(metadata, table_name, schema or metadata.schema)
+        event.listen(metadata, "after_create", self._after_create)
+        event.listen(metadata, "before_drop", self._before_drop)
+
+    @property
+    def journaled_tables(self) -> list[JournaledTable]:
+        """The tables whose objects it looks after, as far as they are declared by now.
+
+        Raises:
+            InvalidInputError: one of them has no primary key.
+        """
+        found = []
+        for table in self._metadata.sorted_tables:
+            columns = tuple(
+                UriColumn(column.name, is_json)
+                for column in table.columns
+                if (is_json := self._holds_uris(column)) is not None
+            )
+            if not columns:
+                continue
+            if not table.primary_key.columns:
+                raise InvalidInputError(f"{table}: a table with URIs needs a primary key")
+            found.append(JournaledTable(table, columns))
+        return found
+
+    def triggers(self, dialect: Dialect) -> Triggers:
+        """Return what writes the SQL of a dialect.
+
+        Raises:
+            InvalidInputError: another database than PostgreSQL or SQLite.
+        """
+        kinds: dict[str, Any] = {"postgresql": PostgresqlTriggers, "sqlite": SqliteTriggers}
+        if dialect.name not in kinds:
+            raise InvalidInputError(
+                f"there is no journal on {dialect.name} yet: PostgreSQL and SQLite have it"
+            )
+        roots = [root_uri(store.bucket, store.prefix) for store in self.stores.values()]
+        made: Triggers = kinds[dialect.name](
+            self.table, roots, retention=self.retention, strict=self._strict, dialect=dialect
+        )
+        return made
+
+    def ddl(self, dialect: Dialect, *, with_table: bool = True) -> list[str]:
+        """Return the statements that install the journal, for any migration tool.
+
+        All but the table's own (``with_table``) may be run again, and have to be when columns
+        with URIs or partitions were added.
+        """
+        statements: list[str] = []
+        if with_table:
+            created: list[DDLElement] = [CreateTable(self.table)]
+            created += map(CreateIndex, self.table.indexes)
+            statements += [str(each.compile(dialect=dialect)).strip() for each in created]
+        triggers = self.triggers(dialect)
+        statements += triggers.create_functions()
+        for journaled in self.journaled_tables:
+            statements += triggers.create(journaled)
+        return statements
+
+    def create_triggers(self, connection: Connection, *, only: Sequence[Table] = ()) -> None:
+        """Install, or renew, the triggers in the connection's transaction.
+
+        Raises:
+            DBAPIError: two cells name one object, which the message names.
+        """
+        triggers = self.triggers(connection.dialect)
+        statements = triggers.create_functions()
+        for journaled in self.journaled_tables:
+            if not only or journaled.table in only:
+                statements += triggers.create(journaled)
+        _execute(connection, statements)
+
+    def drop_triggers(self, connection: Connection, *, only: Sequence[Table] = ()) -> None:
+        """Take the triggers away: from now on nobody adopts or retires."""
+        triggers = self.triggers(connection.dialect)
+        statements = []
+        for journaled in self.journaled_tables:
+            if not only or journaled.table in only:
+                statements += triggers.drop(journaled)
+        _execute(connection, statements)
+
+    def _holds_uris(self, column: Column[Any]) -> bool | None:
+        """Tell whether a column holds URIs in JSON; None if it holds none at all."""
+        if isinstance(column.type, BlobType):
+            return column.type.format == "json"
+        if any(column is each for each in self._uri_columns):
+            return isinstance(column.type, JSON)
+        return None
+
+    def _after_create(
+        self, _target: MetaData, connection: Connection, tables: Sequence[Table] = (), **_: Any
+    ) -> None:
+        created = [table for table in tables if table is not self.table]
+        if self.table in tables:
+            self.create_triggers(connection)
+        elif created:
+            self.create_triggers(connection, only=created)
+
+    def _before_drop(
+        self, _target: MetaData, connection: Connection, tables: Sequence[Table] = (), **_: Any
+    ) -> None:
+        if not tables:
+            return
+        self.drop_triggers(connection, only=tables)
+        if self.table in tables:
+            _execute(connection, self.triggers(connection.dialect).drop_functions())
+
+
+def _journal_table(metadata: MetaData, name: str, schema: str | None) -> Table:
+    uri = Text().with_variant(Text(collation="C"), "postgresql")  # compared as bytes
+    states = ", ".join(f"'{state}'" for state in STATES)
+    return Table(
+        name,
+        metadata,
+        Column("uri", uri, primary_key=True),
+        Column("state", Text, nullable=False),
+        Column("since", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column("not_before", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column("owner", Text),
+        Column("claim", Text),
+        Column("attempts", Integer, nullable=False, server_default=text("0")),
+        Column("last_error", Text),
+        Column("upload_id", Text),
+        CheckConstraint(f"state IN ({states})", name=f"{name}_state"),
+        Index(f"{name}_due", "state", "not_before"),
+        schema=schema,
+    )
+
+
+def _column_of(given: Any) -> Column[Any]:
+    """Return the column of a mapped attribute, or the column itself."""
+    column = getattr(getattr(given, "property", None), "columns", [given])[0]
+    if not isinstance(column, Column):
+        raise InvalidInputError(f"uri_columns are columns, such as Task.url, not {given!r}")
+    return column
+
+
+def _execute(connection: Connection, statements: Iterable[str]) -> None:
+    for statement in statements:
+        connection.exec_driver_sql(statement)
