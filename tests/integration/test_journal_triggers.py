@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -15,109 +14,18 @@ import pytest_asyncio
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from support.databases import Database
+from support.journal import Journaled, open_journaled
 
-from aioblobcol import Blob, BlobType, InvalidInputError
+from aioblobcol import BlobType, InvalidInputError
 from aioblobcol._journal import Journal
 from aioblobcol.testing import MemoryStore
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Doc(Base):
-    __tablename__ = "journaled docs"  # quoted everywhere
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    body: Mapped[Blob | None] = mapped_column(BlobType())
-    scan: Mapped[Blob | None] = mapped_column(BlobType(format="json"))
-    url: Mapped[str | None] = mapped_column("URL")
-    title: Mapped[str | None]
-
-
-class Page(Base):
-    __tablename__ = "journaled_pages"
-
-    doc: Mapped[str] = mapped_column(
-        sa.ForeignKey("journaled docs.name", ondelete="CASCADE"), primary_key=True
-    )
-    number: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[Blob | None] = mapped_column(BlobType())
-
-
-class Ledger:
-    """A database with the journal's triggers, and short names for objects."""
-
-    def __init__(self, database: Database, store: MemoryStore, journal: Journal) -> None:
-        self.database = database
-        self.store = store
-        self.journal = journal
-
-    def uri(self, name: str) -> str:
-        """Return a URI for a short name; the same one each time."""
-        return f"s3://{self.store.bucket}/{self.store.prefix}/x/id={name.encode().hex():0>32}"
-
-    def filled(self, statement: str) -> str:
-        """Write URIs for ``<a>``, and JSON with one for ``{a}``."""
-        statement = statement.replace("<docs>", '"journaled docs"')
-        for name in "abcdef":
-            as_json = json.dumps({"uri": self.uri(name), "size": 1})
-            statement = statement.replace(f"<{name}>", f"'{self.uri(name)}'")
-            statement = statement.replace(f"{{{name}}}", f"'{as_json}'")
-        return statement
-
-    async def run(self, *statements: str) -> None:
-        """Run statements in one transaction."""
-        async with self.database.engine.begin() as connection:
-            for statement in statements:
-                await connection.exec_driver_sql(self.filled(statement))
-
-    async def stage(self, *names: str) -> None:
-        async with self.database.engine.begin() as connection:
-            for name in names:
-                values = {"uri": self.uri(name), "state": "staged"}
-                await connection.execute(sa.insert(self.journal.table).values(values))
-
-    async def states(self) -> dict[str, str]:
-        """Return the state of each object that the journal lists, by its short name."""
-        names = {self.uri(name): name for name in "abcdef"}
-        table = self.journal.table
-        async with self.database.engine.connect() as connection:
-            rows = await connection.execute(sa.select(table.c.uri, table.c.state))
-            return {names[uri]: state for uri, state in rows}
-
-
-@contextlib.asynccontextmanager
-async def open_ledger(
-    database: Database, store: MemoryStore, *, strict: bool = True
-) -> AsyncIterator[Ledger]:
-    """Give empty tables, their triggers, and two live rows: p names a and b, q names c."""
-    metadata = sa.MetaData()
-    for table in Base.metadata.tables.values():
-        table.to_metadata(metadata)
-    url = metadata.tables["journaled docs"].c.URL
-    journal = Journal(metadata, store, uri_columns=[url], strict=strict)
-    async with database.engine.begin() as connection:
-        await connection.run_sync(metadata.drop_all)
-        await connection.run_sync(metadata.create_all)
-    ledger = Ledger(database, store, journal)
-    await ledger.stage("a", "b", "c")
-    await ledger.run(
-        "INSERT INTO <docs> (name, body, scan) VALUES ('p', <a>, {b})",
-        "INSERT INTO <docs> (name, \"URL\") VALUES ('q', <c>)",
-    )
-    assert await ledger.states() == {}
-    yield ledger
-    async with database.engine.begin() as connection:
-        await connection.run_sync(metadata.drop_all)
-
-
 @pytest_asyncio.fixture
-async def ledger(database: Database, memory_store: MemoryStore) -> AsyncIterator[Ledger]:
+async def journaled(database: Database, memory_store: MemoryStore) -> AsyncIterator[Journaled]:
     """Do so on each database in turn."""
-    async with open_ledger(database, memory_store) as opened:
+    async with open_journaled(database, memory_store) as opened:
         yield opened
 
 
@@ -247,66 +155,61 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 class TestStatements:
     @pytest.mark.parametrize("case", CASES)
-    async def test_what_it_adopts_and_retires(self, ledger: Ledger, case: str) -> None:
+    async def test_what_it_adopts_and_retires(self, journaled: Journaled, case: str) -> None:
         """Rows take over what is staged for them, and let go what they named before."""
         statements, expected = CASES[case]
-        await ledger.stage("d", "e")
+        await journaled.stage("d", "e")
 
-        await ledger.run(*statements)
+        await journaled.run(*statements)
 
-        assert await ledger.states() == expected
+        assert await journaled.states() == expected
 
     @pytest.mark.parametrize("case", REFUSED)
-    async def test_what_is_refused(self, ledger: Ledger, case: str) -> None:
+    async def test_what_is_refused(self, journaled: Journaled, case: str) -> None:
         """What is not there to be taken is refused with its reason, and nothing has changed."""
         statement, message = REFUSED[case]
-        await ledger.stage("d", "e")
-        table = ledger.journal.table
-        async with ledger.database.engine.begin() as connection:
-            is_e = table.c.uri == ledger.uri("e")
+        await journaled.stage("d", "e")
+        table = journaled.journal.table
+        async with journaled.database.engine.begin() as connection:
+            is_e = table.c.uri == journaled.uri("e")
             await connection.execute(sa.update(table).where(is_e).values(state="deleting"))
 
         with pytest.raises(DBAPIError, match=message):
-            await ledger.run(statement)
+            await journaled.run(statement)
 
-        assert await ledger.states() == {"d": "staged", "e": "deleting"}
+        assert await journaled.states() == {"d": "staged", "e": "deleting"}
 
-    async def test_a_swap_of_rows(self, ledger: Ledger) -> None:
+    async def test_a_swap_of_rows(self, journaled: Journaled) -> None:
         """PostgreSQL sees the whole statement; SQLite, row by row, refuses it."""
-        await ledger.stage("d")
-        await ledger.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>)")
-        if ledger.database.name == "sqlite":
+        await journaled.stage("d")
+        await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>)")
+        if journaled.database.name == "sqlite":
             with pytest.raises(DBAPIError, match="live in another"):
-                await ledger.run(SWAP_ROWS)
+                await journaled.run(SWAP_ROWS)
         else:
-            await ledger.run(SWAP_ROWS)
+            await journaled.run(SWAP_ROWS)
 
-        assert await ledger.states() == {}
+        assert await journaled.states() == {}
 
-    async def test_a_cascade(self, ledger: Ledger) -> None:
+    async def test_a_cascade(self, journaled: Journaled) -> None:
         """Rows that go with another one retire their objects."""
-        await ledger.stage("d", "e")
-        await ledger.run(
+        await journaled.stage("d", "e")
+        await journaled.run(
             "INSERT INTO journaled_pages (doc, number, text) VALUES ('p', 1, <d>), ('p', 2, <e>)"
         )
-        async with ledger.database.engine.connect() as connection:
-            if ledger.database.name == "sqlite":  # a PRAGMA of the connection, outside of BEGIN
-                raw: Any = (await connection.get_raw_connection()).driver_connection
-                await raw.execute("PRAGMA foreign_keys = ON")
-            await connection.exec_driver_sql(ledger.filled("DELETE FROM <docs> WHERE name = 'p'"))
-            await connection.commit()
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
 
-        assert await ledger.states() == dict.fromkeys("abde", "retired")
+        assert await journaled.states() == dict.fromkeys("abde", "retired")
 
-    async def test_an_owner(self, ledger: Ledger) -> None:
+    async def test_an_owner(self, journaled: Journaled) -> None:
         """A retired entry tells whose it was, and how long it is kept."""
         before = datetime.now(timezone.utc)
-        await ledger.run("DELETE FROM <docs> WHERE name = 'p'")
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
 
-        table = ledger.journal.table
-        async with ledger.database.engine.connect() as connection:
+        table = journaled.journal.table
+        async with journaled.database.engine.connect() as connection:
             entry = (
-                await connection.execute(sa.select(table).where(table.c.uri == ledger.uri("b")))
+                await connection.execute(sa.select(table).where(table.c.uri == journaled.uri("b")))
             ).one()
         assert json.loads(entry.owner) == {
             "table": "journaled docs",
@@ -317,28 +220,30 @@ class TestStatements:
         since = entry.since.replace(tzinfo=timezone.utc)
         assert timedelta(minutes=-1) < since - before < timedelta(minutes=1)
 
-    async def test_a_key_of_several_columns(self, ledger: Ledger) -> None:
+    async def test_a_key_of_several_columns(self, journaled: Journaled) -> None:
         """All of its parts are told, as text."""
-        await ledger.stage("d")
-        await ledger.run("INSERT INTO journaled_pages (doc, number, text) VALUES ('p', 7, <d>)")
-        await ledger.run("DELETE FROM journaled_pages")
+        await journaled.stage("d")
+        await journaled.run("INSERT INTO journaled_pages (doc, number, text) VALUES ('p', 7, <d>)")
+        await journaled.run("DELETE FROM journaled_pages")
 
-        async with ledger.database.engine.connect() as connection:
-            owner = await connection.scalar(sa.select(ledger.journal.table.c.owner))
+        async with journaled.database.engine.connect() as connection:
+            owner = await connection.scalar(sa.select(journaled.journal.table.c.owner))
         assert json.loads(owner or "")["key"] == ["p", "7"]
 
 
 class TestPostgresql:
     @pytest_asyncio.fixture
-    async def ledger(self, postgres: Database, memory_store: MemoryStore) -> AsyncIterator[Ledger]:
+    async def journaled(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> AsyncIterator[Journaled]:
         """The same tables, on PostgreSQL alone."""
-        async with open_ledger(postgres, memory_store) as opened:
+        async with open_journaled(postgres, memory_store) as opened:
             yield opened
 
-    async def test_merge(self, ledger: Ledger) -> None:
+    async def test_merge(self, journaled: Journaled) -> None:
         """All of its branches count as one statement."""
-        await ledger.stage("d", "e")
-        await ledger.run(
+        await journaled.stage("d", "e")
+        await journaled.run(
             "MERGE INTO <docs> AS target USING (VALUES ('p', <d>), ('r', <e>), ('q', NULL)) "
             "AS given (name, body) ON target.name = given.name "
             "WHEN MATCHED AND given.body IS NULL THEN DELETE "
@@ -346,75 +251,77 @@ class TestPostgresql:
             "WHEN NOT MATCHED THEN INSERT (name, body) VALUES (given.name, given.body)"
         )
 
-        assert await ledger.states() == {"a": "retired", "c": "retired"}
+        assert await journaled.states() == {"a": "retired", "c": "retired"}
 
-    async def test_move_in_one_statement(self, ledger: Ledger) -> None:
+    async def test_move_in_one_statement(self, journaled: Journaled) -> None:
         """A row that is deleted in a CTE and inserted under another key keeps its object."""
-        await ledger.run(
+        await journaled.run(
             "WITH gone AS (DELETE FROM <docs> WHERE name = 'p' RETURNING body) "
             "INSERT INTO <docs> (name, body) SELECT 'z', body FROM gone"
         )
 
-        assert await ledger.states() == {"b": "retired"}
+        assert await journaled.states() == {"b": "retired"}
 
-    async def test_copy(self, ledger: Ledger) -> None:
+    async def test_copy(self, journaled: Journaled) -> None:
         """COPY adopts, and is refused as a whole."""
-        await ledger.stage("d")
-        async with ledger.database.engine.connect() as connection:
+        await journaled.stage("d")
+        async with journaled.database.engine.connect() as connection:
             raw = await connection.get_raw_connection()
             driver: Any = raw.driver_connection
             columns = ["name", "body"]
             with pytest.raises(asyncpg.RaiseError, match="never staged"):
                 await driver.copy_records_to_table(
                     "journaled docs",
-                    records=[("r", ledger.uri("d")), ("s", ledger.uri("f"))],
+                    records=[("r", journaled.uri("d")), ("s", journaled.uri("f"))],
                     columns=columns,
                 )
             await driver.copy_records_to_table(
-                "journaled docs", records=[("r", ledger.uri("d"))], columns=columns
+                "journaled docs", records=[("r", journaled.uri("d"))], columns=columns
             )
 
-        assert await ledger.states() == {}
+        assert await journaled.states() == {}
 
-    async def test_truncate(self, ledger: Ledger) -> None:
+    async def test_truncate(self, journaled: Journaled) -> None:
         """Everything in the table is retired, and what TRUNCATE takes along."""
-        await ledger.stage("d")
-        await ledger.run("INSERT INTO journaled_pages (doc, number, text) VALUES ('p', 1, <d>)")
-        await ledger.run("TRUNCATE <docs> CASCADE")
+        await journaled.stage("d")
+        await journaled.run("INSERT INTO journaled_pages (doc, number, text) VALUES ('p', 1, <d>)")
+        await journaled.run("TRUNCATE <docs> CASCADE")
 
-        assert await ledger.states() == dict.fromkeys("abcd", "retired")
+        assert await journaled.states() == dict.fromkeys("abcd", "retired")
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-    async def test_truncate_with_an_old_snapshot(self, ledger: Ledger, level: str) -> None:
+    async def test_truncate_with_an_old_snapshot(self, journaled: Journaled, level: str) -> None:
         """It is refused, for rows that it does not see would go as well."""
         with pytest.raises(DBAPIError, match="needs READ COMMITTED"):
-            await ledger.run(f"SET TRANSACTION ISOLATION LEVEL {level}", "TRUNCATE <docs> CASCADE")
+            await journaled.run(
+                f"SET TRANSACTION ISOLATION LEVEL {level}", "TRUNCATE <docs> CASCADE"
+            )
 
-        assert await ledger.states() == {}
+        assert await journaled.states() == {}
 
-    async def test_an_old_snapshot(self, ledger: Ledger) -> None:
+    async def test_an_old_snapshot(self, journaled: Journaled) -> None:
         """What is staged after the transaction has begun is not seen; before, it is."""
-        async with ledger.database.engine.connect() as connection:
+        async with journaled.database.engine.connect() as connection:
             await connection.execution_options(isolation_level="REPEATABLE READ")
             await connection.exec_driver_sql("SELECT 1")
-            await ledger.stage("d")
-            update = ledger.filled("UPDATE <docs> SET body = <d> WHERE name = 'p'")
+            await journaled.stage("d")
+            update = journaled.filled("UPDATE <docs> SET body = <d> WHERE name = 'p'")
             with pytest.raises(DBAPIError, match="never staged, as far as this snapshot shows"):
                 await connection.exec_driver_sql(update)
             await connection.rollback()
             await connection.exec_driver_sql(update)
             await connection.commit()
 
-        assert await ledger.states() == {"a": "retired"}
+        assert await journaled.states() == {"a": "retired"}
 
-    async def test_adoption_waits_for_a_condemnation(self, ledger: Ledger) -> None:
+    async def test_adoption_waits_for_a_condemnation(self, journaled: Journaled) -> None:
         """Whoever has the entry's lock decides, and the other one sees what it did."""
-        await ledger.stage("d")
-        table, is_d = ledger.journal.table, ledger.journal.table.c.uri == ledger.uri("d")
-        async with ledger.database.engine.connect() as worker:
+        await journaled.stage("d")
+        table, is_d = journaled.journal.table, journaled.journal.table.c.uri == journaled.uri("d")
+        async with journaled.database.engine.connect() as worker:
             await worker.execute(sa.update(table).where(is_d).values(state="deleting"))
             adopts = asyncio.create_task(
-                ledger.run("UPDATE <docs> SET body = <d> WHERE name = 'p'")
+                journaled.run("UPDATE <docs> SET body = <d> WHERE name = 'p'")
             )
             waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
             while not await worker.scalar(waiting):  # noqa: ASYNC110 - the other one waits there
@@ -423,43 +330,43 @@ class TestPostgresql:
             with pytest.raises(DBAPIError, match="being deleted"):
                 await adopts
 
-        assert await ledger.states() == {"d": "deleting"}
+        assert await journaled.states() == {"d": "deleting"}
 
-    async def test_synchronous_commit(self, ledger: Ledger) -> None:
+    async def test_synchronous_commit(self, journaled: Journaled) -> None:
         """synchronous_commit is on where objects are at stake."""
-        async with ledger.database.engine.begin() as connection:
+        async with journaled.database.engine.begin() as connection:
             await connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
-            await connection.exec_driver_sql(ledger.filled("UPDATE <docs> SET title = 'x'"))
+            await connection.exec_driver_sql(journaled.filled("UPDATE <docs> SET title = 'x'"))
             shown = await connection.scalar(sa.text("SHOW synchronous_commit"))
 
         assert shown == "on"
 
-    async def test_other_programs(self, ledger: Ledger) -> None:
+    async def test_other_programs(self, journaled: Journaled) -> None:
         """They stage what they insert, and nothing that is not of this journal."""
-        await ledger.run(
+        await journaled.run(
             "SELECT aioblobcol_stage(<d>)",
             "INSERT INTO <docs> (name, body) VALUES ('r', <d>)",
         )
         for foreign in ("'s3://bucket/prefix/x'", "'x'", "NULL"):
             with pytest.raises(DBAPIError, match="not an object of this journal"):
-                await ledger.run(f"SELECT aioblobcol_stage({foreign})")
+                await journaled.run(f"SELECT aioblobcol_stage({foreign})")
 
-        assert await ledger.states() == {}
+        assert await journaled.states() == {}
 
-    async def test_a_role_without_rights(self, ledger: Ledger) -> None:
+    async def test_a_role_without_rights(self, journaled: Journaled) -> None:
         """It is told which table it may not use, and its row is not written."""
         try:
             with pytest.raises(DBAPIError, match="permission denied for table aioblobcol_journal"):
-                await ledger.run(
+                await journaled.run(
                     "CREATE ROLE journal_reader",
                     "GRANT SELECT, DELETE ON <docs> TO journal_reader",
                     "SET LOCAL ROLE journal_reader",
                     "DELETE FROM <docs>",
                 )
         finally:
-            assert await ledger.states() == {}
+            assert await journaled.states() == {}
 
-    async def test_partitions(self, ledger: Ledger) -> None:
+    async def test_partitions(self, journaled: Journaled) -> None:
         """Rows move between partitions with their objects; each leaf has its triggers."""
         metadata = sa.MetaData()
         parts = sa.Table(
@@ -470,8 +377,8 @@ class TestPostgresql:
             sa.Column("body", BlobType()),
             postgresql_partition_by="LIST (kind)",
         )
-        journal = Journal(metadata, ledger.store, table_name="aioblobcol_journal")
-        async with ledger.database.engine.begin() as connection:
+        journal = Journal(metadata, journaled.store, table_name="aioblobcol_journal")
+        async with journaled.database.engine.begin() as connection:
             await connection.run_sync(parts.create)
             for kind in "xy":
                 await connection.exec_driver_sql(
@@ -480,74 +387,74 @@ class TestPostgresql:
                 )
             await connection.run_sync(journal.create_triggers)
         try:
-            await ledger.stage("d", "e", "f")
-            await ledger.run(
+            await journaled.stage("d", "e", "f")
+            await journaled.run(
                 "INSERT INTO journaled_parts VALUES ('x', 1, <d>), ('y', 2, <e>)",
                 "INSERT INTO journaled_parts_x VALUES ('x', 3, <f>)",
                 "UPDATE journaled_parts SET kind = CASE kind WHEN 'x' THEN 'y' ELSE 'x' END",
             )
-            assert await ledger.states() == {}
-            await ledger.run("TRUNCATE journaled_parts_x")
-            assert await ledger.states() == {"e": "retired"}
-            await ledger.run("DELETE FROM journaled_parts_y WHERE number = 1")
-            await ledger.run("TRUNCATE journaled_parts")
-            assert await ledger.states() == dict.fromkeys("def", "retired")
+            assert await journaled.states() == {}
+            await journaled.run("TRUNCATE journaled_parts_x")
+            assert await journaled.states() == {"e": "retired"}
+            await journaled.run("DELETE FROM journaled_parts_y WHERE number = 1")
+            await journaled.run("TRUNCATE journaled_parts")
+            assert await journaled.states() == dict.fromkeys("def", "retired")
         finally:
-            async with ledger.database.engine.begin() as connection:
+            async with journaled.database.engine.begin() as connection:
                 await connection.run_sync(parts.drop)
 
 
 class TestInstalling:
-    async def test_it_may_be_repeated(self, ledger: Ledger) -> None:
+    async def test_it_may_be_repeated(self, journaled: Journaled) -> None:
         """The printed statements but the table's change nothing the second time."""
         for _ in range(2):
-            dialect = ledger.database.engine.dialect
-            await ledger.run(*ledger.journal.ddl(dialect, with_table=False))
-        await ledger.stage("d", "e")
-        await ledger.run("UPDATE <docs> SET body = <d> WHERE name = 'p'")
+            dialect = journaled.database.engine.dialect
+            await journaled.run(*journaled.journal.ddl(dialect, with_table=False))
+        await journaled.stage("d", "e")
+        await journaled.run("UPDATE <docs> SET body = <d> WHERE name = 'p'")
 
-        assert await ledger.states() == {"a": "retired", "e": "staged"}
+        assert await journaled.states() == {"a": "retired", "e": "staged"}
 
-    async def test_all_of_it_is_printed(self, ledger: Ledger) -> None:
+    async def test_all_of_it_is_printed(self, journaled: Journaled) -> None:
         """An empty database gets everything from the printed statements."""
-        journal = ledger.journal
-        async with ledger.database.engine.begin() as connection:
+        journal = journaled.journal
+        async with journaled.database.engine.begin() as connection:
             await connection.run_sync(journal.table.drop)
-        await ledger.run(*journal.ddl(ledger.database.engine.dialect))
-        await ledger.run("DELETE FROM <docs> WHERE name = 'p'")
+        await journaled.run(*journal.ddl(journaled.database.engine.dialect))
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
 
-        assert await ledger.states() == {"a": "retired", "b": "retired"}
+        assert await journaled.states() == {"a": "retired", "b": "retired"}
 
-    async def test_cells_that_share(self, ledger: Ledger) -> None:
+    async def test_cells_that_share(self, journaled: Journaled) -> None:
         """Nothing is installed while two cells name one object; the message names it."""
-        async with ledger.database.engine.begin() as connection:
-            await connection.run_sync(ledger.journal.drop_triggers)
-        await ledger.run("UPDATE <docs> SET body = <c> WHERE name = 'q'")
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await journaled.run("UPDATE <docs> SET body = <c> WHERE name = 'q'")
 
         with pytest.raises(DBAPIError) as caught:
-            async with ledger.database.engine.begin() as connection:
-                await connection.run_sync(ledger.journal.create_triggers)
-        if ledger.database.name == "postgresql":
-            assert ledger.uri("c") in str(caught.value)
+            async with journaled.database.engine.begin() as connection:
+                await connection.run_sync(journaled.journal.create_triggers)
+        if journaled.database.name == "postgresql":
+            assert journaled.uri("c") in str(caught.value)
 
-    async def test_taken_away(self, ledger: Ledger) -> None:
+    async def test_taken_away(self, journaled: Journaled) -> None:
         """Afterwards nobody adopts or retires, and nothing of it is left."""
-        async with ledger.database.engine.begin() as connection:
-            await connection.run_sync(ledger.journal.drop_triggers)
-        await ledger.run("UPDATE <docs> SET body = <f>, scan = NULL WHERE name = 'p'")
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await journaled.run("UPDATE <docs> SET body = <f>, scan = NULL WHERE name = 'p'")
 
-        assert await ledger.states() == {}
+        assert await journaled.states() == {}
 
     async def test_not_strict(self, database: Database, memory_store: MemoryStore) -> None:
         """A rolling deployment: old programs write what they did not stage, the rest works."""
-        async with open_ledger(database, memory_store, strict=False) as ledger:
-            await ledger.stage("d")
-            await ledger.run(
+        async with open_journaled(database, memory_store, strict=False) as journaled:
+            await journaled.stage("d")
+            await journaled.run(
                 "UPDATE <docs> SET body = <f> WHERE name = 'p'",
                 "INSERT INTO <docs> (name, body) VALUES ('r', <d>)",
             )
 
-            assert await ledger.states() == {"a": "retired"}
+            assert await journaled.states() == {"a": "retired"}
 
     def test_what_is_refused(self, memory_store: MemoryStore) -> None:
         """A journal without a store, with impossible times, or for columns that are none."""

@@ -1,5 +1,6 @@
-"""The journal's room: its table, and the triggers that write it, by dialect."""
+"""The journal's room: its table, the triggers that write it (by dialect), and its entries."""
 
+from ._entries import Condemned, Entries, back_off
 from ._table import Journal
 
-__all__ = ["Journal"]
+__all__ = ["Condemned", "Entries", "Journal", "back_off"]

@@ -184,8 +184,8 @@ END"""
     def _retire(self, cells: str) -> str:
         return (
             f"INSERT INTO {self._entries} (uri, state, since, not_before, owner) "
-            "SELECT DISTINCT ON (uri) uri, 'retired', clock_timestamp(), "
-            f"clock_timestamp() + {self._retention}, owner FROM ({cells}) AS let_go "
+            "SELECT DISTINCT ON (uri) uri, 'retired', statement_timestamp(), "
+            f"statement_timestamp() + {self._retention}, owner FROM ({cells}) AS let_go "
             "ON CONFLICT (uri) DO NOTHING"
         )
 

@@ -1,0 +1,256 @@
+"""What is done with the journal's entries: stage, renew, condemn, forget.
+
+Each is one transaction's work on a connection that the caller has begun and commits; nothing here
+touches an object store.
+
+Invariants: ``deleting`` is terminal, only removal of the entry leads out of it; an entry is removed
+by whoever claimed it last. Before a staged entry is condemned the rows are asked, in the same
+transaction: one that is named after all (adoption was bypassed) is let go with a warning, and its
+object stays. Times are the database's, and delay deletes; they decide nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    DateTime,
+    String,
+    and_,
+    delete,
+    false,
+    func,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from ._columns import JournaledTable
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from ._table import Journal
+
+logger = logging.getLogger("aioblobcol.journal")
+
+URIS_PER_STATEMENT = 500
+SHORTEST_BACK_OFF = timedelta(seconds=1)
+LONGEST_BACK_OFF = timedelta(hours=1)
+PARKED_FOR = timedelta(days=1)
+PARKED = "parked: "
+REFUSED_FOR_GOOD = frozenset(
+    {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket", "ObjectLocked"}
+)
+"""Source: Amazon S3 API Reference, "Error responses"."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Condemned:
+    """An object that nobody may adopt any more, claimed to be deleted.
+
+    Attributes:
+        uri: the object.
+        attempts: how often deleting it has failed.
+        needs_second_delete: it was never in a row, so that its upload may still be under way.
+    """
+
+    uri: str
+    attempts: int
+    needs_second_delete: bool
+
+
+class Entries:
+    """The journal's entries in one kind of database."""
+
+    def __init__(self, journal: Journal, dialect_name: str) -> None:
+        self._journal = journal
+        self._table = journal.table
+        self._is_sqlite = dialect_name == "sqlite"
+
+    async def stage(self, connection: AsyncConnection, uris: Iterable[str]) -> None:
+        """Write objects down before they can exist. To repeat it changes nothing."""
+        values = [{"uri": uri, "state": "staged"} for uri in uris]
+        if not values:
+            return
+        if self._is_sqlite:
+            await connection.execute(sqlite.insert(self._table).on_conflict_do_nothing(), values)
+        else:
+            await connection.execute(
+                postgresql.insert(self._table).on_conflict_do_nothing(), values
+            )
+
+    async def renew(self, connection: AsyncConnection, uris: Collection[str]) -> list[str]:
+        """Begin the lease of staged objects anew; return those that were not staged any more."""
+        left: list[str] = []
+        for some in _batched(list(uris)):
+            found = await connection.execute(
+                update(self._table)
+                .where(self._table.c.uri.in_(some), self._table.c.state == "staged")
+                .values(since=self._after(timedelta(0)))
+                .returning(self._table.c.uri)
+            )
+            renewed = set(found.scalars())
+            left += [uri for uri in some if uri not in renewed]
+        return left
+
+    async def condemn(
+        self, connection: AsyncConnection, *, claim: str, limit: int, lease: timedelta
+    ) -> list[Condemned]:
+        """Claim what is due: retired, staged and never adopted, or condemned and not deleted yet.
+
+        Args:
+            connection: in a READ COMMITTED transaction.
+            claim: whose they are from now on.
+            limit: how many at most.
+            lease: when another worker may take them over.
+        """
+        table = self._table
+        if self._is_sqlite:  # take its one lock for writing, and wait for it
+            await connection.execute(delete(table).where(false()))
+        now = self._after(timedelta(0))
+        is_due = or_(
+            and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
+            and_(table.c.state == "staged", table.c.since <= self._after(-self._journal.lease)),
+        )
+        due = (
+            await connection.execute(
+                select(table)
+                .where(is_due)
+                .order_by(table.c.not_before)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            )
+        ).all()
+        staged = [entry.uri for entry in due if entry.state == "staged"]
+        live = await self._named_by_rows(connection, staged)
+        if live:
+            logger.warning(
+                "adopted late: rows name objects that are staged; did something write rows past "
+                "the triggers? %s",
+                ", ".join(sorted(live)),
+            )
+            await self._remove(connection, live)
+        mine = [entry for entry in due if entry.uri not in live]
+        for some in _batched([entry.uri for entry in mine]):
+            await connection.execute(
+                update(table)
+                .where(table.c.uri.in_(some), table.c.state != "deleting")
+                .values(state="deleting", since=now)
+            )
+            await connection.execute(
+                update(table)
+                .where(table.c.uri.in_(some))
+                .values(claim=claim, not_before=self._after(lease))
+            )
+        return [Condemned(e.uri, e.attempts, e.owner is None) for e in mine]
+
+    async def forget(
+        self,
+        connection: AsyncConnection,
+        deleted: Collection[Condemned],
+        *,
+        claim: str,
+        quarantine: timedelta,
+    ) -> int:
+        """Remove the entries of objects that are gone; return how many were.
+
+        One whose upload may still be under way stays condemned for *quarantine*, counted from
+        when it was condemned, and is deleted once more then.
+        """
+        gone = [each.uri for each in deleted if not each.needs_second_delete]
+        again = [each.uri for each in deleted if each.needs_second_delete]
+        removed = await self._remove(connection, gone, self._table.c.claim == claim)
+        is_over = self._table.c.since <= self._after(-quarantine)
+        removed += await self._remove(connection, again, self._table.c.claim == claim, is_over)
+        for some in _batched(again):
+            await connection.execute(
+                update(self._table)
+                .where(self._table.c.uri.in_(some), self._table.c.claim == claim)
+                .values(claim=None, attempts=0, not_before=self._after(quarantine))
+            )
+        return removed
+
+    async def postpone(
+        self,
+        connection: AsyncConnection,
+        failed: Mapping[str, tuple[Condemned, str]],
+        *,
+        claim: str,
+    ) -> None:
+        """Note why objects could not be deleted, and when to try again."""
+        for uri, (condemned, reason) in failed.items():
+            is_parked = reason.partition(" ")[0].rstrip(":") in REFUSED_FOR_GOOD
+            delay = PARKED_FOR if is_parked else back_off(condemned.attempts)
+            await connection.execute(
+                update(self._table)
+                .where(self._table.c.uri == uri, self._table.c.claim == claim)
+                .values(
+                    claim=None,
+                    attempts=self._table.c.attempts + 1,
+                    last_error=f"{PARKED if is_parked else ''}{reason}",
+                    not_before=self._after(delay),
+                )
+            )
+
+    async def _remove(
+        self, connection: AsyncConnection, uris: Collection[str], *conditions: ColumnElement[bool]
+    ) -> int:
+        removed = 0
+        for some in _batched(list(uris)):
+            result = await connection.execute(
+                delete(self._table).where(self._table.c.uri.in_(some), *conditions)
+            )
+            removed += result.rowcount
+        return removed
+
+    async def _named_by_rows(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
+        """Return those of *uris* that a row names."""
+        named: set[str] = set()
+        for some in _batched(uris):
+            for journaled in self._journal.journaled_tables:
+                for uri in _uris_of(journaled):
+                    found = await connection.execute(select(uri).where(uri.in_(some)))
+                    named.update(found.scalars())
+        return named
+
+    def _after(self, delay: timedelta) -> ColumnElement[Any]:
+        """Return the database's time, so much later."""
+        if self._is_sqlite:
+            seconds = f"{delay.total_seconds():+f} seconds"
+            text = func.strftime("%Y-%m-%d %H:%M:%f000", "now", seconds)
+            return type_coerce(text, DateTime())
+        moment = func.clock_timestamp(type_=DateTime(timezone=True))
+        return moment + delay
+
+
+def back_off(attempts: int) -> timedelta:
+    """Return how long to wait after so many failures and one more: twice as long each time."""
+    seconds = SHORTEST_BACK_OFF.total_seconds() * 2.0 ** min(attempts, 20)
+    return min(timedelta(seconds=seconds), LONGEST_BACK_OFF)
+
+
+def _uris_of(journaled: JournaledTable) -> list[ColumnElement[str]]:
+    """Return the URIs in a table's columns as expressions."""
+    found: list[ColumnElement[str]] = []
+    for each in journaled.columns:
+        column = journaled.table.c[each.name]
+        found.append(
+            type_coerce(column, JSON)["uri"].as_string()
+            if each.is_json
+            else type_coerce(column, String())
+        )
+    return found
+
+
+def _batched(uris: Sequence[str]) -> Iterable[Sequence[str]]:
+    for start in range(0, len(uris), URIS_PER_STATEMENT):
+        yield uris[start : start + URIS_PER_STATEMENT]

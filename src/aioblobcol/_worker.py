@@ -1,0 +1,176 @@
+"""The worker: deletes what the journal says nobody will want any more.
+
+Any number of them may run, on any number of machines; the database is their only coordinator. An
+entry is claimed in one transaction, its object deleted, its entry removed in another one; killed
+anywhere in between, the claim runs out and another worker does the same again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import uuid
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from ._journal import Condemned, Entries, Journal
+from ._store._base import DeleteReport, Store, is_owned
+from ._tasks import run_to_end
+from .errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+logger = logging.getLogger("aioblobcol.worker")
+
+FOREIGN = "under no store's bucket and prefix"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkReport:
+    """What one round did.
+
+    Attributes:
+        claimed: entries.
+        deleted: objects; those that are deleted once more later are among them.
+        removed: entries that are done with.
+        failed: URI to reason; tried again later.
+    """
+
+    claimed: int = 0
+    deleted: int = 0
+    removed: int = 0
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Worker:
+    """Deletes what is due, in rounds, until it is stopped."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        engine: AsyncEngine,
+        *,
+        batch_size: int = 500,
+        quarantine: timedelta = timedelta(hours=1),
+        claim_for: timedelta = timedelta(minutes=15),
+        poll_every: timedelta = timedelta(seconds=5),
+    ) -> None:
+        """Describe a worker; nothing is sent yet.
+
+        Args:
+            journal: its stores are open while the worker runs.
+            engine: of the database with the journal; at most one connection is used at a time.
+            batch_size: entries per round.
+            quarantine: how long a request may live; an object that was never in a row is deleted
+                again after it, for its upload may have been late.
+            claim_for: when another worker may take over what this one has claimed.
+            poll_every: how long to wait when nothing is due, and after an error.
+
+        Raises:
+            InvalidInputError: something is not positive.
+        """
+        times = (claim_for, poll_every)
+        if batch_size < 1 or quarantine < timedelta(0) or any(t <= timedelta(0) for t in times):
+            raise InvalidInputError("batch_size, claim_for and poll_every are positive")
+        level = "READ COMMITTED" if engine.dialect.name == "postgresql" else None
+        self._engine = engine.execution_options(isolation_level=level) if level else engine
+        self._journal = journal
+        self._entries = Entries(journal, engine.dialect.name)
+        self._batch_size = batch_size
+        self._quarantine = quarantine
+        self._claim_for = claim_for
+        self._poll_every = poll_every
+
+    async def run_once(self) -> WorkReport:
+        """Do one round: claim, delete, and note what became of it.
+
+        What was deleted is noted although the caller is cancelled meanwhile.
+
+        Raises:
+            SQLAlchemyError: the database could not be asked; what was claimed is tried again
+                when the claim has run out.
+        """
+        claim = uuid.uuid4().hex
+        async with self._engine.begin() as connection:
+            condemned = await self._entries.condemn(
+                connection, claim=claim, limit=self._batch_size, lease=self._claim_for
+            )
+        if not condemned:
+            return WorkReport()
+        seconds = self._claim_for.total_seconds()
+        return await run_to_end(self._carry_out(claim, condemned), seconds=seconds)
+
+    async def drain(self) -> list[WorkReport]:
+        """Do rounds until nothing is due; what failed in one is not due in the next.
+
+        Raises:
+            SQLAlchemyError: as `run_once`.
+        """
+        reports = []
+        while (report := await self.run_once()).claimed:
+            reports.append(report)
+        return reports
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Do rounds until *stop* is set; the round under way is finished first.
+
+        A database or a store that cannot be reached is logged and asked again later.
+        """
+        while not stop.is_set():
+            try:
+                report = await self.run_once()
+            except (SQLAlchemyError, OSError, TimeoutError):
+                logger.exception("the journal could not be asked; trying again later")
+                report = WorkReport()
+            if report.claimed < self._batch_size:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_every.total_seconds()):
+                        await stop.wait()
+
+    async def _carry_out(self, claim: str, condemned: Sequence[Condemned]) -> WorkReport:
+        report = await self._delete([each.uri for each in condemned])
+        known = {each.uri: each for each in condemned}
+        deleted = [each for each in condemned if each.uri not in report.failed]
+        async with self._engine.begin() as connection:
+            removed = await self._entries.forget(
+                connection, deleted, claim=claim, quarantine=self._quarantine
+            )
+            failed = {uri: (known[uri], reason) for uri, reason in report.failed.items()}
+            await self._entries.postpone(connection, failed, claim=claim)
+        for uri, reason in report.failed.items():
+            logger.error("cannot delete %s: %s", uri, reason, extra={"uri": uri})
+        return WorkReport(len(condemned), len(deleted), removed, report.failed)
+
+    async def _delete(self, uris: Sequence[str]) -> DeleteReport:
+        """Delete objects of all stores at once."""
+        failed = dict.fromkeys(uris, FOREIGN)
+        work: list[tuple[Store, list[str]]] = []
+        for store in self._journal.stores.values():
+            own = [uri for uri in failed if is_owned(store, uri)]
+            work.append((store, own))
+            for uri in own:
+                del failed[uri]
+        reports = await asyncio.gather(*(_delete(store, own) for store, own in work if own))
+        whole = DeleteReport(failed=failed)
+        for report in reports:
+            whole = whole.merged_with(report)
+        return whole
+
+
+async def _delete(store: Store, uris: list[str]) -> DeleteReport:
+    try:
+        async with asyncio.timeout(store.request_seconds):
+            return await store.delete_many(uris)
+    except Exception as exc:  # the others' entries have to be noted all the same
+        reason = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+        return DeleteReport(failed=dict.fromkeys(uris, reason))
+
+
+__all__ = ["WorkReport", "Worker"]
