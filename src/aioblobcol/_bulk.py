@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from sqlalchemy import CTE, BindParameter, ClauseElement, Insert, Null, SelectBase
+from sqlalchemy import CTE, BindParameter, ClauseElement, Insert, Null
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.dml import UpdateBase
@@ -24,7 +24,7 @@ from ._blob import Blob
 from ._column import BlobAttribute, blob_attributes, row_attributes
 from ._keeper import Keeper, Unit, is_flushing, keeper_of
 from ._placing import Placement, store_of
-from ._rows import Rows, is_one_of
+from ._rows import Rows
 from ._uri import UploadedUri
 from .errors import (
     BlobSharedError,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # otherwise nobody counts if SQLAlchemy adds a RETURNING of its own
 _COUNTED = {"preserve_rowcount": True}
-MOST_KEYS_HELD = 10_000
-"""Source: PostgreSQL's protocol counts the parameters of a statement in 16 bits."""
 _SEVERAL_VALUES = re.compile(r"_m\d+\Z")
 
 ROWS_ADDED = (
@@ -129,16 +127,16 @@ class _Bulk:
             self._place_rows()
             if compiled is not None:
                 self._place_values(compiled)
-        if _changes_rows_in_a_cte(self._statement):
+        if _changes_rows_in_a_cte(self._statement.whereclause):
             raise UnsafeTransactionError(CTE_REFUSED)
         unit = self._begin()
         rows = Rows(self._execute.bind_arguments, self._execute.execution_options)
         try:
-            statement = self._lock(rows)
+            self._lock(rows)
             if self._execute.is_delete:
                 rows.expect_all_deleted(self._mapper.local_table)
             with unit.watch.copies_are_seen():
-                result = self._invoke(unit, statement)
+                result = self._invoke(unit)
             result, changed = _count(result)
             self._look_again(unit, rows, changed)
         finally:
@@ -201,13 +199,13 @@ class _Bulk:
             raise
         return unit
 
-    def _invoke(self, unit: Unit, statement: Any = None) -> Result[Any]:
+    def _invoke(self, unit: Unit) -> Result[Any]:
         params: Any = None
         if self._placements:
             params = self._rows if self._is_list else self._rows[0]
         sent_before = unit.watch.sent
         try:
-            return self._execute.invoke_statement(statement, params, _COUNTED)
+            return self._execute.invoke_statement(params=params, execution_options=_COUNTED)
         except Exception as exc:
             is_undone = isinstance(exc, DBAPIError) and not (self._is_list or self._placements)
             if unit.watch.sent == sent_before:
@@ -218,26 +216,15 @@ class _Bulk:
 
     # --- what it changes
 
-    def _lock(self, rows: Rows) -> Any:
-        """Lock and read the rows; return the statement, if it needs to be held to them."""
+    def _lock(self, rows: Rows) -> None:
         if self._is_list and self._execute.is_update:  # by primary key
             names = set(self._key_names)
             complete = [row for row in self._rows if names <= row.keys()]  # SQLAlchemy will say so
             rows.lock(self._session, self._mapper, map(self._identity, complete))
-            return None
+            return
         condition = self._statement.whereclause
         for row in self._rows:
             rows.lock_where(self._session, self._mapper, condition, row)
-        key = list(self._mapper.local_table.primary_key)
-        found = rows.keys(self._mapper)
-        if (
-            self._is_list
-            or not _looks_elsewhere(condition)
-            or len(found) * len(key) > MOST_KEYS_HELD
-        ):
-            return None
-        # other rows decide which ones it changes, and those are not locked: it might be others now
-        return self._execute.statement.where(is_one_of(key, found))  # type: ignore[attr-defined]
 
     @property
     def _key_names(self) -> list[str]:
@@ -249,6 +236,9 @@ class _Bulk:
 
     def _look_again(self, unit: Unit, rows: Rows, changed: int) -> None:
         rows.read_again(self._session)
+        gone = rows.count_gone(self._mapper)
+        if self._execute.is_delete and 0 <= changed < gone:  # some of them are not gone
+            rows.look_elsewhere(self._session)
         self._keeper.supersede(unit, rows)
         self._withdraw_unused(unit, rows, changed)
         self._supersede_overwritten(unit, rows)
@@ -257,7 +247,8 @@ class _Bulk:
         shared = rows.shared({*(each.uri for each in self._placements), *self._assigned})
         if shared:
             self._forbid(unit, BlobSharedError(shared))
-        if not self._is_list and changed > rows.count(self._mapper):
+        known = gone if self._execute.is_delete else rows.count(self._mapper)
+        if not self._is_list and changed > known:
             self._forbid(unit, UnsafeTransactionError(ROWS_ADDED))
 
     def _withdraw_unused(self, unit: Unit, rows: Rows, changed: int) -> None:
@@ -328,18 +319,11 @@ def _count(result: Result[Any]) -> tuple[Result[Any], int]:
     return frozen(), sum(1 for _ in frozen())
 
 
-def _looks_elsewhere(condition: ColumnElement[bool] | None) -> bool:
-    """Tell whether a condition asks other rows."""
+def _changes_rows_in_a_cte(condition: ColumnElement[bool] | None) -> bool:
+    """Tell whether a condition changes rows by itself."""
     return condition is not None and any(
-        isinstance(each, SelectBase) for each in visitors.iterate(condition)
-    )
-
-
-def _changes_rows_in_a_cte(statement: Any) -> bool:
-    """Tell whether part of a statement changes rows by itself."""
-    return any(
         isinstance(each, CTE) and isinstance(each.element, UpdateBase)
-        for each in visitors.iterate(statement)
+        for each in visitors.iterate(condition)
     )
 
 

@@ -44,6 +44,7 @@ class Frames:
         self._ended_with_another: set[str] = set()
         self._bound: set[str] = set()
         self._expected: set[str] = set()
+        self._noted_before: set[str] = set()
         self._created: dict[str, None] = {}
         self._frames = [_Frame("")]
         self._kept: set[str] = set()
@@ -115,6 +116,10 @@ class Frames:
         """A statement has put the objects of these marks into columns by their strings."""
         self._frames[-1].noted.update(marks)
 
+    def note_before(self, marks: Iterable[str]) -> None:
+        """A statement has done so before anything was at stake: no savepoint takes it back."""
+        self._noted_before.update(marks)
+
     def supersede(self, uri: str) -> None:
         """A row has let an object go: it was read before and after the statement."""
         self._frames[-1].superseded[uri] = None
@@ -125,7 +130,7 @@ class Frames:
 
     def keep_noted(self, *, unless: Collection[str]) -> None:
         """Keep what a string names in a column that is not managed, such as an audit row's."""
-        noted = {mark for frame in self._frames for mark in frame.noted}
+        noted = self._noted_before.union(*(frame.noted for frame in self._frames))
         if noted:
             self.keep(
                 uri

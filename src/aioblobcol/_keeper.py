@@ -113,6 +113,11 @@ class Unit:
         """Nothing is at stake."""
         return self.books.is_empty and not self.claims
 
+    def take_over(self, seen: Seen) -> None:
+        """Count what was done on a connection before anything was at stake."""
+        self.watch.copying.update(seen.copying)
+        self.books.note_before(seen.noted)
+
     # --- putting something at stake
 
     def check(self, session: Session) -> None:
@@ -230,13 +235,15 @@ class Unit:
         """Judge the transaction, which is over, and say what may be deleted."""
         self.end_flush()
         self.is_settled = True
+        claimed = self.watch.claimed_beside()
+        claimed.update(uri for each in self.claims for uri in each.ledger.created)
         self.watch.root_ended()
         self.watch.stop()
         self.watch.on_undone = ignore_undone  # a cycle less, so that no collection is needed
         self.outcome = self.watch.last_outcome or Outcome.ROLLED_BACK
         self._keep_what_sql_copied()
         # of the explicit strength: its own books tell what of them is needed
-        self.books.keep_noted(unless={uri for each in self.claims for uri in each.ledger.created})
+        self.books.keep_noted(unless=claimed)
         own = self.books.settle(self.outcome)
         self._conclude_blobs(own)
         verdicts = [Verdict(own, self.stores, self.attempts, {})]
@@ -327,7 +334,7 @@ class Keeper:
         self.last: Unit | None = None
         self.unknown: CommitOutcomeUnknown | None = None
         self._is_preparing = False
-        self._seen = Seen()
+        self._seen: list[Seen] = []
         session.info[STORES_OF_SESSION] = stores
         _keepers[session] = self
 
@@ -336,14 +343,18 @@ class Keeper:
         if self.unit is None:
             self.unknown = None
             self.unit = self.last = Unit(session)
-            self.unit.watch.copying.update(self._seen.copying)
-            self.unit.books.note(self._seen.noted)
+            for seen in self._seen:
+                self.unit.take_over(seen)
         return self.unit
 
     def begins(self, connection: Connection) -> None:
         """Look at what is sent from now on, although nothing is at stake yet."""
-        if self.unit is None:
-            look_on(connection, self._seen)
+        seen = look_on(connection)
+        if seen is None or any(each is seen for each in self._seen):
+            return
+        self._seen.append(seen)
+        if self.unit is not None:
+            self.unit.take_over(seen)
 
     @property
     def settle_seconds(self) -> float:
@@ -470,6 +481,9 @@ class Keeper:
                 old, new = tuple(state.identity or ()), _key_of(state)
                 if new != old:
                     unit.rows.expect_renamed(state.mapper, old, new)
+            # listeners and relationships change keys in the middle of a flush, too
+            changes = unit.rows.expects_deletes and any(map(_changes_its_key, session.dirty))
+            unit.rows.keys_change |= changes
             unit.rows.read_again(session)
             self._check_found(unit, unit.rows)
             self.supersede(unit, unit.rows)
@@ -551,7 +565,7 @@ class Keeper:
         """Settle, or leave it to the end of the connection's transaction."""
         unit, self.unit = self.unit, None
         if unit is None:
-            self._seen.clear()
+            self._seen = []
             return
         if unit.watch.carry_over():
             for claims in unit.claims:
@@ -559,7 +573,7 @@ class Keeper:
                 claims.watch.carry_over()
             unit.watch.on_free = lambda: self._start(unit, self._judge(unit))
             return
-        self._seen.clear()
+        self._seen = []
         verdicts = self._judge(unit)
         if not verdicts:
             return

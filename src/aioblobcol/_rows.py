@@ -68,9 +68,15 @@ class Rows:
         """Return how many rows of a class were found."""
         return len(self._before.get(mapper, {}))
 
-    def keys(self, mapper: Mapper[Any]) -> list[Identity]:
-        """Return the primary keys of the rows of a class that were found."""
-        return list(self._before.get(mapper, {}))
+    def count_gone(self, mapper: Mapper[Any]) -> int:
+        """Return how many of them are not found under their keys any more."""
+        now = self._after.get(mapper, {})
+        return sum(1 for key in self._before.get(mapper, {}) if key not in now)
+
+    @property
+    def expects_deletes(self) -> bool:
+        """Whether a row is to be deleted."""
+        return any(self._to_delete.values())
 
     # --- before
 
@@ -152,6 +158,11 @@ class Rows:
                 now.update(_read(mapper, self._execute(connection, statement)))
             if self.keys_change:
                 self._look_elsewhere(connection, mapper)
+
+    def look_elsewhere(self, session: Session) -> None:
+        """Find what rows name that were deleted, it seems, and are perhaps not found again."""
+        for mapper in self._before:
+            self._look_elsewhere(self._connection(session, mapper), mapper)
 
     def _look_elsewhere(self, connection: Connection, mapper: Mapper[Any]) -> None:
         """Find what rows under other keys name, by value: without an index this reads the table."""

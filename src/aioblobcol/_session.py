@@ -170,6 +170,11 @@ class TransactionWatch:
         """A statement failed, or was not answered, and none has succeeded since."""
         return bool(self._failed or self._pending)
 
+    def claimed_beside(self) -> set[str]:
+        """Return the new URIs of the explicit strength in the session's transaction."""
+        session = self._session()
+        return set() if session is None else uris_claimed(session)
+
     def forget_failures(self) -> None:
         """Every connection has just answered: no transaction is in the failed state."""
         self._failed.clear()
@@ -255,7 +260,9 @@ class TransactionWatch:
             bound = self.books.take_bound()
             if statement.may_skip_conflicts or statement.replaces_rows:
                 self._check_upsert(self.books, bound)
-            strangers = self.books.strangers(assigned_marks(statement, parameters, text))
+            strangers = self.books.strangers(
+                assigned_marks(statement, parameters, text, executemany=executemany)
+            )
         named = named_uris(parameters, text, watched) if watched else set()
         if statement.kind.changes_rows and mode is Mode.LEGACY_SQLITE and not is_in_transaction:
             self._check_legacy(statement)
@@ -265,7 +272,7 @@ class TransactionWatch:
             statement,
             text,
             frozenset(named),
-            frozenset(assigned_uris(statement, parameters, text, named)),
+            frozenset(assigned_uris(statement, parameters, text, named, executemany=executemany)),
             count_sets(parameters, executemany=executemany),
             total_changes(connection) if named else None,
             is_in_transaction,
@@ -284,11 +291,15 @@ class TransactionWatch:
                 LEGACY_REFUSED.format(what=f"a change that begins with {statement.first_word}")
             )
 
-    def answered(self, connection: Connection, cursor: Any, context: Any) -> None:
-        """The statement was carried out without an error."""
+    def answered(self, connection: Connection, cursor: Any, context: Any) -> Collection[str] | None:
+        """The statement was carried out without an error.
+
+        Returns the marks of what it has put into columns that is not of the session's own blobs;
+        None of a session without books.
+        """
         pending = self._pending.pop(id(cursor), None)
         if pending is None:
-            return  # reported twice: an engine made by execution_options() shares listeners
+            return None  # reported twice: an engine made by execution_options() shares listeners
         self._failed.discard(connection)
         kind = pending.statement.kind
         # each connection of a session with several binds counts its savepoints by itself
@@ -303,6 +314,7 @@ class TransactionWatch:
                 self.books.note(pending.strangers)
             if pending.named:
                 self._note_write(connection, cursor, context, pending)
+        return None if self.books is None else pending.strangers
 
     def _note_savepoint(self, kind: Kind, name: str) -> None:
         books = self.books
@@ -389,6 +401,8 @@ class TransactionWatch:
         pending = self._pending.pop(id(cursor), None)
         if not self.facts.is_sqlite:  # SQLite undoes the statement alone
             self._failed.add(connection)
+        elif pending is not None and self.books is not None:
+            self.books.note(pending.strangers)  # of a list, the first ones may be there
         if pending is not None and pending.was_in_transaction:
             self._look_whether_given_up(connection)
         if error.execution_context is not None:
@@ -587,26 +601,32 @@ class TransactionWatch:
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """What a session's statements did before anything was at stake.
+    """What the statements of one transaction did while nothing was at stake for a session.
 
     Attributes:
+        transaction: the connection's own.
         copying: statements that may have copied a URI from one cell to another by themselves.
         noted: the `object_marks` of what they have put into columns.
     """
 
+    transaction: weakref.ref[Transaction]
     copying: dict[str, Statement] = dataclasses.field(default_factory=dict)
     noted: set[str] = dataclasses.field(default_factory=set)
 
-    def clear(self) -> None:
-        """The transaction is over."""
-        self.copying.clear()
-        self.noted.clear()
 
+def look_on(connection: Connection) -> Seen | None:
+    """Note from now on what is put into columns, and copied, in the connection's transaction.
 
-def look_on(connection: Connection, seen: Seen) -> None:
-    """Note what is put into columns, and copied, for as long as nobody follows *connection*."""
-    _unwatched[connection] = seen
-    _listen_to_engine(connection.engine)
+    Sessions that share the connection share what was seen.
+    """
+    transaction = connection.get_transaction()
+    if transaction is None:
+        return None
+    seen = _seen.get(connection)
+    if seen is None or seen.transaction() is not transaction:
+        seen = _seen[connection] = Seen(weakref.ref(transaction))
+        _listen_to_engine(connection.engine)
+    return seen
 
 
 def owner_of(session: AsyncSession) -> str | None:
@@ -727,7 +747,7 @@ Watches = tuple[TransactionWatch, ...]
 
 _by_session: weakref.WeakKeyDictionary[Session, Watches] = weakref.WeakKeyDictionary()
 _by_connection: weakref.WeakKeyDictionary[Connection, Watches] = weakref.WeakKeyDictionary()
-_unwatched: weakref.WeakKeyDictionary[Connection, Seen] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Connection, Seen] = weakref.WeakKeyDictionary()
 # by the id of the driver's connection, which the pool's events hand out
 _carried: dict[int, Watches] = {}
 _listening: set[type] = set()
@@ -737,6 +757,7 @@ _modes: weakref.WeakKeyDictionary[Pool, dict[Any, Mode]] = weakref.WeakKeyDictio
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_static_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _dialects: weakref.WeakSet[Dialect] = weakref.WeakSet()
 
 
@@ -827,23 +848,38 @@ def _before_cursor_execute(
 
 
 def _after_cursor_execute(
-    connection: Connection, cursor: Any, text: str, parameters: Any, context: Any, _many: bool
+    connection: Connection, cursor: Any, text: str, parameters: Any, context: Any, many: bool
 ) -> None:
-    watches = _by_connection.get(connection, ())
-    for watched in watches:
-        watched.answered(connection, cursor, context)
-    if not watches and connection in _unwatched and text[:6] != "SELECT":
-        statement = read_statement(text, dialect=connection.dialect.name)
-        seen = _unwatched[connection]
-        if may_copy(statement):
-            seen.copying[statement.code] = statement
-        seen.noted.update(assigned_marks(statement, parameters, text))
+    strangers: set[str] | None = None
+    for watched in _by_connection.get(connection, ()):
+        found = watched.answered(connection, cursor, context)
+        if found is not None:  # those that are no session's own blobs
+            strangers = set(found) if strangers is None else strangers.intersection(found)
+    seen = _seen.get(connection) if text[:6] != "SELECT" else None
+    if seen is None:
+        return
+    if strangers is not None:
+        seen.noted.update(strangers)
+        return
+    statement = read_statement(text, dialect=connection.dialect.name)
+    if may_copy(statement):
+        seen.copying[statement.code] = statement
+    seen.noted.update(assigned_marks(statement, parameters, text, executemany=many))
 
 
 def _handle_error(error: ExceptionContext) -> BaseException | None:
     connection = error.connection
     if connection is None:
         return None
+    context, seen = error.execution_context, _seen.get(connection)
+    if seen is not None and context is not None and connection.dialect.name == "sqlite":
+        # of a list, the first ones may be there
+        text = str(error.statement or "")
+        statement = read_statement(text, dialect="sqlite")
+        many = bool(context.executemany)
+        marks = assigned_marks(statement, error.parameters, text, executemany=many)
+        if not _by_connection.get(connection):
+            seen.noted.update(marks)
     unknown: CommitOutcomeUnknown | None = None
     for watched in _by_connection.get(connection, ()):
         watched.failed(connection, error)
@@ -870,7 +906,25 @@ def _warn_others(connection: Connection) -> None:
     for other, watches in tuple(_by_connection.items()):
         if other is not connection and other.engine.pool is connection.engine.pool:
             for watched in watches:
-                watched.has_intruder()
+                if not watched.has_left(other):
+                    watched.has_intruder()
+
+
+def _reset(dbapi_connection: Any, _record: Any, state: Any) -> None:
+    """Do so for a connection that is given back: the pool rolls back what may be another one's."""
+    if getattr(state, "transaction_was_reset", False):
+        return  # its own ROLLBACK was told of
+    for other, watches in tuple(_by_connection.items()):
+        if isinstance(other.engine.pool, StaticPool) and not other.closed:
+            for watched in watches:
+                is_shared = other.connection.dbapi_connection is dbapi_connection
+                if is_shared and not watched.has_left(other):
+                    watched.has_intruder()
+
+
+def _set_options(connection: Connection, options: Any) -> None:
+    if "isolation_level" in options:  # the driver commits when it is set
+        _warn_others(connection)
 
 
 def _commit_twophase(connection: Connection, _xid: Any, _is_prepared: bool) -> None:
@@ -904,6 +958,7 @@ _ENGINE_LISTENERS = (
     ("commit_twophase", _commit_twophase),
     ("prepare_twophase", _prepare_twophase),
     ("savepoint", _savepoint),
+    ("set_connection_execution_options", _set_options),
 )
 
 
@@ -911,6 +966,8 @@ def _listen_to_engine(engine: Engine) -> None:
     if is_new_target(_engines, engine):
         for name, listener in _ENGINE_LISTENERS:
             event.listen(engine, name, listener)
+    if isinstance(engine.pool, StaticPool) and is_new_target(_static_pools, engine.pool):
+        event.listen(engine.pool, "reset", _reset)
     # this one is the dialect's, which engines made by execution_options() share
     if is_new_target(_dialects, engine.dialect):
         event.listen(engine, "handle_error", _handle_error)

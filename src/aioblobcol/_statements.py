@@ -278,7 +278,7 @@ def _top_level_where(code: str) -> int | None:
 
 
 def assigned_uris(
-    statement: Statement, parameters: Any, text: str, named: AbstractSet[str]
+    statement: Statement, parameters: Any, text: str, named: AbstractSet[str], *, executemany: bool
 ) -> set[str]:
     """Return those of the *named* URIs that a statement puts into rows, as far as can be told.
 
@@ -286,11 +286,13 @@ def assigned_uris(
     """
     if not named:
         return set()
-    assigned = set(assigned_strings(statement, parameters, text))
+    assigned = set(assigned_strings(statement, parameters, text, executemany=executemany))
     return {uri for uri in named if uri in assigned or any(uri in value for value in assigned)}
 
 
-def assigned_strings(statement: Statement, parameters: Any, text: str) -> Iterator[str]:
+def assigned_strings(
+    statement: Statement, parameters: Any, text: str, *, executemany: bool
+) -> Iterator[str]:
     """Yield the strings with ``s3://`` that a statement puts into rows, as far as can be told.
 
     All of an INSERT's; of an UPDATE's those before its WHERE; in doubt, all. None of a DELETE's.
@@ -303,7 +305,7 @@ def assigned_strings(statement: Statement, parameters: Any, text: str) -> Iterat
         yield from _strings(parameters)
         where = len(text)
     else:
-        is_many = isinstance(parameters, (list, tuple)) and parameters and _is_set(parameters[0])
+        is_many = executemany and isinstance(parameters, (list, tuple))
         for each in parameters if is_many else [parameters]:
             if next(_strings(each), None) is not None:
                 placed = _placed_parameters(statement.code, each)
@@ -312,9 +314,11 @@ def assigned_strings(statement: Statement, parameters: Any, text: str) -> Iterat
         yield text[:where]
 
 
-def assigned_marks(statement: Statement, parameters: Any, text: str) -> Iterator[str]:
+def assigned_marks(
+    statement: Statement, parameters: Any, text: str, *, executemany: bool
+) -> Iterator[str]:
     """Yield the `object_marks` of the strings that a statement puts into rows."""
-    for value in assigned_strings(statement, parameters, text):
+    for value in assigned_strings(statement, parameters, text, executemany=executemany):
         yield from object_marks(value)
 
 

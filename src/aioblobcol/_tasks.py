@@ -44,11 +44,11 @@ async def run_to_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
         asyncio.CancelledError: the caller was cancelled; what the work raised is its cause.
     """
     task = asyncio.create_task(work, name="aioblobcol: run to end")
-    bound = task.get_loop().call_later(seconds, task.cancel)
+    is_late: list[bool] = []
+    bound = task.get_loop().call_later(seconds, lambda: is_late.append(task.cancel()))
     interrupted = await wait_through([task])
     bound.cancel()
-    took_too_long = task.cancelled() and task.get_loop().time() >= bound.when()
-    error = TimeoutError() if took_too_long else None
+    error = TimeoutError() if is_late and task.cancelled() else None
     if interrupted is not None:
         raise interrupted from (error or (None if task.cancelled() else task.exception()))
     if error is not None:

@@ -38,7 +38,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _SAFE = re.compile(r"[A-Za-z0-9._~=-]+")
 _COLUMN = re.compile(r"[A-Za-z0-9._~-]+")
 _OWN_KEY = re.compile(r"/id=[0-9a-f]{32}\Z")
-_OWN_ID = re.compile(r"/id=([0-9a-f]{32})(?![0-9a-f])")
+_OWN_ID = re.compile(r"/id=([0-9a-f]{32})(?![0-9a-f/])")  # the last part of a key
 _LITERAL = re.compile(r"'(s3://[^']*)'")
 
 

@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from aioblobcol import (
     UnsafeTransactionError,
     blob_report,
     blob_sessionmaker,
+    blob_transaction,
     enlist,
     put_s3,
     track_blobs,
@@ -378,6 +380,96 @@ class TestStrings:
 
             assert await library.check(orphans=(first,) if is_named else ()) == [b"2"]
 
+    async def test_beside_an_array(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """A list among the parameters is no list of parameters."""
+        async with open_library(postgres, memory_store) as library:
+            async with postgres.engine.begin() as connection:
+                await connection.exec_driver_sql("DROP TABLE IF EXISTS tagged")
+                await connection.exec_driver_sql("CREATE TABLE tagged (tags text[], note text)")
+                await connection.exec_driver_sql("INSERT INTO tagged VALUES (NULL, NULL)")
+            await library.add(doc := Doc(name="d", body=Blob(b"1")))
+            assert doc.body is not None
+            tagged = sa.table("tagged", sa.column("tags", sa.ARRAY(sa.Text)), sa.column("note"))
+            async with library.session.begin() as session:
+                values = {"tags": ["x"], "note": doc.body.uri}
+                await session.execute(sa.update(tagged).where(sa.true()).values(values))
+                (await session.get_one(Doc, "d")).body = Blob(b"2")
+
+            assert await library.check(orphans=(doc.body.uri,)) == [b"2"]
+            async with postgres.engine.begin() as connection:
+                await connection.exec_driver_sql("DROP TABLE tagged")
+
+    async def test_a_list_that_failed_half_way(
+        self, sqlite: Database, memory_store: MemoryStore
+    ) -> None:
+        """SQLite keeps the rows before the one that failed."""
+        for is_watched in (False, True):
+            async with open_library(sqlite, memory_store) as library:
+                memory_store.objects.clear()
+                await library.add(doc := Doc(name="d", body=Blob(b"1")), Doc(name="x"))
+                assert doc.body is not None
+                old = doc.body.uri
+                rows = [{"name": "audit", "title": old}, {"name": "x", "title": None}]
+                async with library.session.begin() as session:
+                    doc = await session.get_one(Doc, "d")
+                    if is_watched:
+                        doc.body = Blob(b"2")
+                        await session.flush()
+                    with pytest.raises(IntegrityError):
+                        await session.execute(sa.insert(Doc.__table__), rows)  # type: ignore[arg-type]
+                    doc.body = doc.body if is_watched else Blob(b"2")
+
+                assert await library.check(orphans=(old,)) == [b"2"]
+
+    @pytest.mark.parametrize("sessions", [1, 2])
+    async def test_on_a_joined_connection(self, library: Library, sessions: int) -> None:
+        """It does not matter which of the sessions on the connection has written it."""
+        await library.add(doc := Doc(name="d", body=Blob(b"1")))
+        assert doc.body is not None
+        old = doc.body.uri
+        async with library.engine.connect() as connection:
+            outer = await connection.begin()
+            factory = blob_sessionmaker(
+                connection, library.store, join_transaction_mode="create_savepoint"
+            )
+            async with factory() as one, factory() as two:
+                other = one if sessions == 1 else two
+                found = await other.get_one(Doc, "d")
+                one.add(Doc(name="audit", title=old))
+                await one.commit()
+                found.body = Blob(b"2")
+                await other.commit()
+                found.body = Blob(b"3")
+                await other.commit()
+            await outer.commit()
+        await library.store.runtime.background.drain()
+
+        assert await library.check(orphans=(old,)) == [b"3"]
+
+    async def test_a_prefix_that_looks_like_an_id(self, sqlite: Database) -> None:
+        """Objects are told by the last part of their keys."""
+        prefix = f"id={32 * 'a'}"
+        async with MemoryStore(bucket="bucket", prefix=prefix) as store:
+            async with open_library(sqlite, store) as library:
+                async with library.session.begin() as session:
+                    session.add_all(Doc(name=n, body=Blob(b"1")) for n in "ab")
+                    await session.flush()
+                    (await session.get_one(Doc, "a")).body = Blob(b"2")
+
+                assert await library.check() == [b"1", b"2"]
+
+    async def test_the_explicit_strength_around_it(self, library: Library) -> None:
+        """What `blob_transaction` made and a `Blob` replaces is deleted."""
+        async with library.session() as session:
+            async with blob_transaction(session, store=library.store) as tx:
+                calls = [PutS3ApiCall("body", b"1", None)]
+                put = await tx.put_s3(pk="d", api_calls=calls)
+                session.add(doc := Doc(name="d", **put.to_values()))
+                await session.flush()
+                doc.body = Blob(b"2")
+
+        assert await library.check() == [b"2"]
+
     async def test_many_of_them(self, library: Library) -> None:
         """New objects that are replaced in the same transaction, row by row, leave nothing."""
         async with library.session.begin() as session:
@@ -455,11 +547,10 @@ class TestBulk:
 
             assert await library.check() == []
 
-    @pytest.mark.parametrize("kind", ["delete", "update"])
     async def test_a_condition_on_rows_that_change_meanwhile(
-        self, postgres: Database, memory_store: MemoryStore, kind: str
+        self, postgres: Database, memory_store: MemoryStore
     ) -> None:
-        """A statement changes the rows that were locked, whatever its subquery says by then."""
+        """A DELETE that hits other rows than were locked, for its subquery says so, is refused."""
         async with open_library(postgres, memory_store) as library:
             await library.add(
                 Doc(name="a", body=Blob(b"a")),
@@ -468,7 +559,7 @@ class TestBulk:
             )
 
             def turn(_c: object, _cursor: object, text: str, *_: object) -> None:
-                if text.startswith(f"{kind.upper()} {'FROM ' * (kind == 'delete')}docs"):
+                if text.startswith("DELETE FROM docs"):
                     sa.util.await_only(move())
 
             async def move() -> None:
@@ -476,13 +567,10 @@ class TestBulk:
                     await other.execute(sa.update(Page).values(book="b"))
 
             named = sa.select(Page.book).where(Page.book == Doc.name).exists()
-            statement: Any = sa.delete(Doc) if kind == "delete" else sa.update(Doc)
-            if kind == "update":
-                statement = statement.values(body=None)
             sa.event.listen(postgres.engine.sync_engine, "before_cursor_execute", turn)
-            async with library.session.begin() as session:
-                result: Any = await session.execute(statement.where(named))
-                assert result.rowcount == 0
+            async with library.session() as session:
+                with pytest.raises(UnsafeTransactionError, match="another transaction"):
+                    await session.execute(sa.delete(Doc).where(named))
             sa.event.remove(postgres.engine.sync_engine, "before_cursor_execute", turn)
 
             assert await library.check() == [b"a", b"b"]
@@ -501,6 +589,46 @@ class TestBulk:
                 assert not session.in_transaction()
 
             assert await library.check() == [b"a"]
+
+    async def test_a_cte_beside_it(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """One that is no part of the condition is sent once, as ever."""
+        async with open_library(postgres, memory_store) as library:
+            await library.add(Doc(name="a", body=Blob(b"a")))
+            audit = sa.insert(Page).values(book="a", number=1).cte("audit")
+            async with library.session.begin() as session:
+                await session.execute(sa.delete(Doc).add_cte(audit))
+                assert await session.scalar(sa.select(Page.book)) == "a"
+
+            assert await library.check() == []
+
+    async def test_a_row_that_a_trigger_keeps(
+        self, sqlite: Database, memory_store: MemoryStore
+    ) -> None:
+        """What a DELETE skipped keeps its object, also where its key is not found again."""
+
+        class Base(DeclarativeBase):
+            pass
+
+        class Moment(Base):
+            __tablename__ = "moments"
+            name: Mapped[str] = mapped_column(primary_key=True)
+            at: Mapped[datetime] = mapped_column(primary_key=True, server_default=sa.func.now())
+            body: Mapped[Blob | None] = mapped_column(BlobType())
+
+        async with sqlite.engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+            await connection.exec_driver_sql(
+                "CREATE TRIGGER keep BEFORE DELETE ON moments WHEN OLD.name = 'kept' "
+                "BEGIN SELECT RAISE(IGNORE); END"
+            )
+        factory = blob_sessionmaker(sqlite.engine, memory_store)
+        async with factory.begin() as session:  # the database writes no microseconds
+            session.add_all(Moment(name=name, body=Blob(name.encode())) for name in ("kept", "x"))
+        async with factory.begin() as session:
+            await session.execute(sa.delete(Moment))
+
+        found = await assert_consistent(memory_store, sqlite.engine, [Moment.body])
+        assert list(found.values()) == [b"kept"]
 
     async def test_without_autoflush(self, library: Library) -> None:
         """The option of one statement holds for it."""
@@ -642,8 +770,9 @@ class TestBulk:
 
 
 class TestKeysOfOthers:
+    @pytest.mark.parametrize("by", ["hand", "listener"])
     async def test_renamed_by_a_cascade_and_deleted(
-        self, postgres: Database, memory_store: MemoryStore
+        self, postgres: Database, memory_store: MemoryStore, by: str
     ) -> None:
         """A row that was renamed in the same flush is not deleted, and keeps its object."""
 
@@ -653,6 +782,7 @@ class TestKeysOfOthers:
         class Parent(Base):
             __tablename__ = "cascading_parents"
             key: Mapped[str] = mapped_column(primary_key=True)
+            title: Mapped[str | None]
             kids: Mapped[list[Kid]] = relationship(cascade="all", passive_deletes=True)
 
         class Kid(Base):
@@ -661,6 +791,11 @@ class TestKeysOfOthers:
                 sa.ForeignKey("cascading_parents.key", onupdate="CASCADE"), primary_key=True
             )
             scan: Mapped[Blob | None] = mapped_column(BlobType())
+
+        @sa.event.listens_for(Parent, "before_update")
+        def rename(_mapper: object, _connection: object, target: Parent) -> None:
+            if by == "listener":
+                target.key = "q"
 
         async with postgres.engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
@@ -675,7 +810,9 @@ class TestKeysOfOthers:
                 async with factory.begin() as session:
                     parent = await session.get_one(Parent, "p")
                     kid = await session.get_one(Kid, "p")
-                    parent.key = "q"
+                    parent.title = "renamed"
+                    if by == "hand":
+                        parent.key = "q"
                     await session.delete(kid)
             await assert_consistent(memory_store, postgres.engine, [Kid.scan])
         finally:
@@ -827,6 +964,9 @@ class TestOneConnectionForAll:
             ("other commits", "mine commits"),
             ("other commits", "other begins", "mine rolls back"),
             ("other rolls back", "other begins", "mine commits"),
+            ("other is given back", "other begins", "mine commits"),
+            ("other is given back", "mine begins", "mine commits"),
+            ("other is in autocommit", "other begins", "mine rolls back"),
         ],
         ids="-".join,
     )
@@ -862,6 +1002,11 @@ class TestOneConnectionForAll:
                 elif end.endswith("commits"):
                     with contextlib.suppress(CommitOutcomeUnknown):
                         await session.commit()
+                elif end.endswith("given back"):
+                    await (await engine.connect()).close()
+                elif end.endswith("autocommit"):
+                    async with engine.connect() as connection:
+                        await connection.execution_options(isolation_level="AUTOCOMMIT")
                 else:
                     await session.rollback()
         async with engine.connect() as connection:
@@ -872,6 +1017,32 @@ class TestOneConnectionForAll:
         assert named <= memory_store.objects.keys()
         for orphan in memory_store.objects.keys() - named:
             assert orphan in caplog.text
+
+    async def test_reading_beside_a_joined_session(
+        self, memory_store: MemoryStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever comes after the owner's COMMIT does not make it doubtful."""
+        engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
+        async with engine.begin() as connection:
+            await connection.run_sync(Doc.metadata.create_all)
+        async with engine.connect() as owner:
+            await owner.begin()
+            factory = blob_sessionmaker(owner, memory_store)
+            async with factory() as session:
+                session.add(Doc(name="d", body=Blob(b"1")))
+                await session.commit()
+            async with factory() as session:
+                (await session.get_one(Doc, "d")).body = Blob(b"2")
+                await session.commit()
+            await owner.commit()
+            async with engine.connect() as other:
+                await other.execute(sa.select(Doc.name))
+        await memory_store.runtime.background.drain()
+
+        found = await assert_consistent(memory_store, engine, [Doc.body])
+        await engine.dispose()
+        assert list(found.values()) == [b"2"]
+        assert "lost" not in caplog.text
 
     @pytest.mark.parametrize("is_explicit", [True, False], ids=["explicit", "legacy"])
     async def test_the_driver_is_told_to_commit(
