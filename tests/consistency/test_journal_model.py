@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.journal_model import RULES, Model, explore
 
-CASTS = {
+CASTS: dict[str, dict[str, Any]] = {
     "two writers and a check": {},
     "a writer and a restorer": {"restores": True},
     "two writers": {"has_check": False},
@@ -26,7 +28,10 @@ WITHOUT = {
 }
 """What happens without a rule."""
 
-NEEDS = {"deleting is terminal": {"restores": True}, "worker asks rows": {"bypasses": True}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "deleting is terminal": {"restores": True},
+    "worker asks rows": {"bypasses": True},
+}
 """Who has to take part for a rule to matter."""
 
 
