@@ -68,10 +68,13 @@ class Journaled:
                 await connection.exec_driver_sql(self.filled(statement))
 
     async def stage(self, *names: str) -> None:
+        for name in names:
+            await self.stage_uri(self.uri(name))
+
+    async def stage_uri(self, uri: str) -> None:
         async with self.database.engine.begin() as connection:
-            for name in names:
-                values = {"uri": self.uri(name), "state": "staged"}
-                await connection.execute(sa.insert(self.journal.table).values(values))
+            values = {"uri": uri, "state": "staged"}
+            await connection.execute(sa.insert(self.journal.table).values(values))
 
     async def states(self) -> dict[str, str]:
         """Return the state of each object that the journal lists, by its short name."""

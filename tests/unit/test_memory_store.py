@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +58,9 @@ class TestVerbs:
 
         assert answered is True
         assert await memory_store.get(A) == b"page"
-        assert await memory_store.head(A) == ObjectInfo(A, 4, {"name": "ü"})
+        info = await memory_store.head(A)
+        assert info.modified_at is not None
+        assert info == ObjectInfo(A, 4, {"name": "ü"}, modified_at=info.modified_at)
 
     async def test_arguments_are_kept_for_the_test(self, memory_store: MemoryStore) -> None:
         """A test can see what was sent with an object."""
@@ -215,7 +218,8 @@ class TestOpen:
         async with memory_store.open(A) as reader:
             chunks = [chunk async for chunk in reader]
 
-        assert reader.info == ObjectInfo(A, len(body), {}, content_type="text/html")
+        info = dataclasses.replace(reader.info, modified_at=None)
+        assert info == ObjectInfo(A, len(body), {}, content_type="text/html")
         assert reader.info == await memory_store.head(A)
         assert [len(chunk) for chunk in chunks] == [READ_CHUNK_BYTES, READ_CHUNK_BYTES, 115_712]
         assert b"".join(chunks) == body

@@ -1,6 +1,16 @@
 """The journal's room: its table, the triggers that write it (by dialect), and its entries."""
 
-from ._entries import Condemned, Entries, back_off
+from ._columns import JournaledTable, column_of, tables_with_uris
+from ._entries import Condemned, Entries, back_off, named_by_rows
 from ._table import Journal
 
-__all__ = ["Condemned", "Entries", "Journal", "back_off"]
+__all__ = [
+    "Condemned",
+    "Entries",
+    "Journal",
+    "JournaledTable",
+    "back_off",
+    "column_of",
+    "named_by_rows",
+    "tables_with_uris",
+]

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Table
+from sqlalchemy import JSON, Column, MetaData, String, Table, type_coerce
+
+from .._column import BlobType
+from ..errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import ColumnElement
 
 MAX_IDENTIFIER_BYTES = 63
 """Source: PostgreSQL documentation, "Identifiers and Key Words" (NAMEDATALEN - 1)."""
@@ -41,6 +49,19 @@ class JournaledTable:
     columns: tuple[UriColumn, ...]
 
     @property
+    def uris(self) -> list[ColumnElement[str]]:
+        """The URIs in its columns, as expressions."""
+        found: list[ColumnElement[str]] = []
+        for each in self.columns:
+            column = self.table.c[each.name]
+            found.append(
+                type_coerce(column, JSON)["uri"].as_string()
+                if each.is_json
+                else type_coerce(column, String())
+            )
+        return found
+
+    @property
     def key_names(self) -> tuple[str, ...]:
         """The primary key's columns."""
         return tuple(column.name for column in self.table.primary_key)
@@ -54,6 +75,43 @@ class JournaledTable:
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
         kept = name.encode()[: MAX_IDENTIFIER_BYTES - 9].decode(errors="ignore")
         return f"{kept}_{digest}"
+
+
+def tables_with_uris(
+    metadata: MetaData, uri_columns: Sequence[Column[Any]] = ()
+) -> list[JournaledTable]:
+    """Return the tables with managed columns, or with one of *uri_columns*."""
+    found = []
+    for table in metadata.sorted_tables:
+        columns = tuple(
+            UriColumn(column.name, is_json)
+            for column in table.columns
+            if (is_json := _holds_uris(column, uri_columns)) is not None
+        )
+        if columns:
+            found.append(JournaledTable(table, columns))
+    return found
+
+
+def column_of(given: Any) -> Column[Any]:
+    """Return the column of a mapped attribute, or the column itself.
+
+    Raises:
+        InvalidInputError: neither.
+    """
+    column = getattr(getattr(given, "property", None), "columns", [given])[0]
+    if not isinstance(column, Column):
+        raise InvalidInputError(f"uri_columns are columns, such as Task.url, not {given!r}")
+    return column
+
+
+def _holds_uris(column: Column[Any], uri_columns: Sequence[Column[Any]]) -> bool | None:
+    """Tell whether a column holds URIs in JSON; None if it holds none at all."""
+    if isinstance(column.type, BlobType):
+        return column.type.format == "json"
+    if any(column is each for each in uri_columns):
+        return isinstance(column.type, JSON)
+    return None
 
 
 def literal(text: str) -> str:

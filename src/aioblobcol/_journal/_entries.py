@@ -18,10 +18,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    JSON,
     ColumnElement,
     DateTime,
-    String,
     and_,
     delete,
     false,
@@ -201,6 +199,29 @@ class Entries:
                 )
             )
 
+    async def enter_orphan(self, connection: AsyncConnection, uri: str) -> bool:
+        """Condemn an object that no row seems to name; tell whether it may be deleted.
+
+        It is entered first, so that nobody can adopt it any more, and then the rows are asked
+        again. If it returns False, the caller rolls back.
+        """
+        values = {"uri": uri, "state": "deleting"}
+        dialect: Any = sqlite if self._is_sqlite else postgresql
+        entered = await connection.execute(
+            dialect.insert(self._table).values(values).on_conflict_do_nothing()
+        )
+        return entered.rowcount == 1 and not await self._named_by_rows(connection, [uri])
+
+    async def listed(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
+        """Return those of *uris* that the journal lists, in whatever state."""
+        found: set[str] = set()
+        for some in _batched(uris):
+            column = self._table.c.uri
+            found.update(
+                (await connection.execute(select(column).where(column.in_(some)))).scalars()
+            )
+        return found
+
     async def _remove(
         self, connection: AsyncConnection, uris: Collection[str], *conditions: ColumnElement[bool]
     ) -> int:
@@ -214,13 +235,7 @@ class Entries:
 
     async def _named_by_rows(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
         """Return those of *uris* that a row names."""
-        named: set[str] = set()
-        for some in _batched(uris):
-            for journaled in self._journal.journaled_tables:
-                for uri in _uris_of(journaled):
-                    found = await connection.execute(select(uri).where(uri.in_(some)))
-                    named.update(found.scalars())
-        return named
+        return await named_by_rows(connection, self._journal.journaled_tables, uris)
 
     def _after(self, delay: timedelta) -> ColumnElement[Any]:
         """Return the database's time, so much later."""
@@ -232,23 +247,23 @@ class Entries:
         return moment + delay
 
 
+async def named_by_rows(
+    connection: AsyncConnection, tables: Iterable[JournaledTable], uris: Sequence[str]
+) -> set[str]:
+    """Return those of *uris* that a row of *tables* names."""
+    named: set[str] = set()
+    columns = [uri for each in tables for uri in each.uris]
+    for some in _batched(uris):
+        for uri in columns:
+            found = await connection.execute(select(uri).where(uri.in_(some)))
+            named.update(found.scalars())
+    return named
+
+
 def back_off(attempts: int) -> timedelta:
     """Return how long to wait after so many failures and one more: twice as long each time."""
     seconds = SHORTEST_BACK_OFF.total_seconds() * 2.0 ** min(attempts, 20)
     return min(timedelta(seconds=seconds), LONGEST_BACK_OFF)
-
-
-def _uris_of(journaled: JournaledTable) -> list[ColumnElement[str]]:
-    """Return the URIs in a table's columns as expressions."""
-    found: list[ColumnElement[str]] = []
-    for each in journaled.columns:
-        column = journaled.table.c[each.name]
-        found.append(
-            type_coerce(column, JSON)["uri"].as_string()
-            if each.is_json
-            else type_coerce(column, String())
-        )
-    return found
 
 
 def _batched(uris: Sequence[str]) -> Iterable[Sequence[str]]:

@@ -14,7 +14,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import (
-    JSON,
     CheckConstraint,
     Column,
     DateTime,
@@ -29,11 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
-from .._column import BlobType
 from .._store._base import Store
 from .._uri import root_uri
 from ..errors import InvalidInputError
-from ._columns import JournaledTable, UriColumn
+from ._columns import JournaledTable, column_of, tables_with_uris
 from ._postgresql import PostgresqlTriggers
 from ._sqlite import SqliteTriggers
 
@@ -113,7 +111,7 @@ class Journal:
         self.lease = lease
         self.retention = retention
         self._strict = strict
-        self._uri_columns = [_column_of(column) for column in uri_columns]
+        self._uri_columns = [column_of(column) for column in uri_columns]
         self._metadata = metadata
         self.table = _journal_table(metadata, table_name, schema or metadata.schema)
         event.listen(metadata, "after_create", self._after_create)
@@ -126,18 +124,10 @@ class Journal:
         Raises:
             InvalidInputError: one of them has no primary key.
         """
-        found = []
-        for table in self._metadata.sorted_tables:
-            columns = tuple(
-                UriColumn(column.name, is_json)
-                for column in table.columns
-                if (is_json := self._holds_uris(column)) is not None
-            )
-            if not columns:
-                continue
-            if not table.primary_key.columns:
-                raise InvalidInputError(f"{table}: a table with URIs needs a primary key")
-            found.append(JournaledTable(table, columns))
+        found = tables_with_uris(self._metadata, self._uri_columns)
+        for journaled in found:
+            if not journaled.table.primary_key.columns:
+                raise InvalidInputError(f"{journaled.table}: a table with URIs needs a primary key")
         return found
 
     def triggers(self, dialect: Dialect) -> Triggers:
@@ -196,14 +186,6 @@ class Journal:
                 statements += triggers.drop(journaled)
         _execute(connection, statements)
 
-    def _holds_uris(self, column: Column[Any]) -> bool | None:
-        """Tell whether a column holds URIs in JSON; None if it holds none at all."""
-        if isinstance(column.type, BlobType):
-            return column.type.format == "json"
-        if any(column is each for each in self._uri_columns):
-            return isinstance(column.type, JSON)
-        return None
-
     def _after_create(
         self, _target: MetaData, connection: Connection, tables: Sequence[Table] = (), **_: Any
     ) -> None:
@@ -242,14 +224,6 @@ def _journal_table(metadata: MetaData, name: str, schema: str | None) -> Table:
         Index(f"{name}_due", "state", "not_before"),
         schema=schema,
     )
-
-
-def _column_of(given: Any) -> Column[Any]:
-    """Return the column of a mapped attribute, or the column itself."""
-    column = getattr(getattr(given, "property", None), "columns", [given])[0]
-    if not isinstance(column, Column):
-        raise InvalidInputError(f"uri_columns are columns, such as Task.url, not {given!r}")
-    return column
 
 
 def _execute(connection: Connection, statements: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
@@ -65,6 +65,9 @@ class StoredObject:
     body: bytes
     metadata: Mapping[str, str]
     arguments: Mapping[str, Any]
+    modified_at: datetime = dataclasses.field(
+        default_factory=lambda: datetime.now(timezone.utc), compare=False
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -349,6 +352,7 @@ def _info(uri: str, stored: StoredObject) -> ObjectInfo:
         len(stored.body),
         decode_metadata(stored.metadata),
         content_type=stored.arguments.get("ContentType"),
+        modified_at=stored.modified_at,
     )
 
 
