@@ -4,6 +4,7 @@
 transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
+from ._app import BlobApp
 from ._blob import Blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
@@ -48,6 +49,7 @@ from .errors import (
 __all__ = [
     "AioBlobColError",
     "Blob",
+    "BlobApp",
     "BlobNotFoundError",
     "BlobNotUploadedError",
     "BlobNotWrittenError",

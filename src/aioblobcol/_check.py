@@ -22,17 +22,19 @@ from sqlalchemy import collate, select, union_all
 
 from ._journal import Entries, Journal, JournaledTable, column_of, named_by_rows, tables_with_uris
 from ._store._base import ObjectInfo, Store, is_owned
-from ._uri import root_uri
+from ._uri import is_one_attempt, root_uri
 from .errors import BlobNotFoundError, InvalidInputError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 
     from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 VERIFIED_AT_ONCE = 100
 ROWS_PER_FETCH = 1000
+PROGRESS_EVERY = 1000
+"""Objects between two calls of `Check.on_progress`."""
 
 
 class FindingKind(enum.Enum):
@@ -80,7 +82,10 @@ class Check:
     Attributes:
         objects: how many were listed so far.
         cells: how many URIs of this store the rows had so far.
+        foreign: how many of the objects are named by no row and have no id of their own in the
+            key: this library has not made them, so they are neither reported nor deleted.
         undecided: URIs that could not be looked at again, for the store did not answer.
+        on_progress: called now and then, when the counts have changed.
     """
 
     def __init__(
@@ -121,7 +126,9 @@ class Check:
             raise InvalidInputError("min_age is not negative")
         self.objects = 0
         self.cells = 0
+        self.foreign = 0
         self.undecided: list[str] = []
+        self.on_progress: Callable[[], None] = lambda: None
         self._engine = engine
         self._store = store
         self._delete = delete
@@ -163,8 +170,12 @@ class Check:
                 elif cell is None or (thing is not None and thing.encode() < cell.encode()):
                     assert thing is not None
                     self.objects += 1
-                    if thing != before:
+                    if self.objects % PROGRESS_EVERY == 0:
+                        self.on_progress()
+                    if thing != before and is_one_attempt(thing):
                         yield Finding(FindingKind.ORPHAN, thing)
+                    elif thing != before:
+                        self.foreign += 1
                     thing = await anext(listed, None)
                 else:
                     self.cells += 1

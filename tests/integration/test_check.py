@@ -119,6 +119,17 @@ class TestFindings:
 
         assert await found_by(check(journaled), journaled) == []
 
+    async def test_objects_of_others(self, journaled: Journaled) -> None:
+        """What has no id in its key was not made here: it is counted, and never deleted."""
+        others = [f"s3://bucket/prefix/{name}" for name in ("a.txt", "x/md5=1", "x/id=12")]
+        for uri in others:
+            journaled.store.objects[uri] = StoredObject(b"x", {}, {}, modified_at=OLD)
+        one = check(journaled, delete=True)
+
+        assert [each async for each in one.findings()] == []
+        assert (one.objects, one.foreign) == (6, 3)
+        assert journaled.store.objects.keys() >= set(others)
+
     async def test_more_than_are_looked_at_at_once(self, journaled: Journaled) -> None:
         """Batches of findings come out in order and complete."""
         for number in range(250):

@@ -7,6 +7,7 @@ not, or a server could not be used; 2: an option is unusable; 130: interrupted.
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Annotated, Final
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import AioBlobColError
+from ._checking import load_app, run_check
 from ._printing import show_end, show_scene, show_servers
 from ._scenarios import SCENARIOS, describe, play
 from ._servers import BrokenInvariantError, CannotRunError, Options, UsageError, check, open_servers
@@ -104,6 +106,59 @@ def demo(
     except KeyboardInterrupt as exc:
         typer.echo("aioblobcol demo: interrupted, and tidied up", err=True)
         raise typer.Exit(INTERRUPTED) from exc
+
+
+@app.command(name="check")
+def check_stores(
+    *,
+    app_name: Annotated[
+        str,
+        typer.Option(
+            "--app",
+            envvar="AIOBLOBCOL_APP",
+            help="Where the BlobApp stands, such as myapp.models:blobs.",
+        ),
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete the orphans that are old enough.")
+    ] = False,
+    min_age_hours: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Younger objects are no orphans: their transactions may be under way. "
+            "Trusts this machine's clock.",
+        ),
+    ] = 24,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object per line, for programs.")
+    ] = False,
+) -> None:
+    """Compare the bucket with the rows: objects that no row names, rows whose object is missing.
+
+    Reads only, unless told to delete. Every finding is looked at twice. Exit code 1: something is
+    wrong, or could not be decided.
+    """
+    try:
+        wrong = asyncio.run(
+            run_check(
+                load_app(app_name),
+                delete=delete,
+                min_age=timedelta(hours=min_age_hours),
+                as_json=as_json,
+                console=Console(stderr=True),
+            )
+        )
+    except UsageError as exc:
+        raise typer.BadParameter(str(exc), param_hint=exc.option) from exc
+    except (AioBlobColError, SQLAlchemyError, OSError, RuntimeError) as exc:
+        typer.echo(f"aioblobcol check: stopped: {describe(exc)}", err=True)
+        raise typer.Exit(1) from exc
+    except KeyboardInterrupt as exc:
+        typer.echo("aioblobcol check: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from exc
+    if wrong:
+        raise typer.Exit(1)
 
 
 async def run_demo(options: Options, console: Console) -> None:
