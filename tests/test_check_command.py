@@ -154,6 +154,22 @@ class TestOutput:
         counts = summary["summary"]
         assert (counts["objects"], counts["cells"], counts["orphan"]) == (2, 1, 1)
 
+    async def test_a_terminal_that_knows_ascii_only(self, run: Run) -> None:
+        """What it cannot show is escaped, and nothing is lost of the report."""
+        import shop_models  # noqa: PLC0415 - the fixture wrote it
+
+        await fill("a")
+        async with shop_models.store as store:
+            key = f"app/ü/id={1:032x}"
+            await store.client.put_object(Bucket=store.bucket, Key=key, Body=b"1")
+        for more in ((), ("--json",)):
+            arguments = ("--app", "shop_models:blobs", "--min-age-hours", "0", *more)
+            code, out, err = await run(*arguments, PYTHONIOENCODING="ascii")
+
+            assert (code, err) == (1, "")
+            assert out.isascii()
+            assert "app/\\" in out
+
     async def test_deleting(self, run: Run) -> None:
         """Orphans go, what is deleted is not wrong any more, and a second look finds nothing."""
         await fill("a", "b")

@@ -18,7 +18,7 @@ import enum
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import collate, select, union_all
+from sqlalchemy import collate, select, text, union_all
 
 from ._journal import Entries, Journal, JournaledTable, column_of, named_by_rows, tables_with_uris
 from ._store._base import ObjectInfo, Store, is_owned
@@ -102,7 +102,7 @@ class Check:
         """Describe a check; nothing is sent yet.
 
         Args:
-            engine: of the database.
+            engine: of the database; two connections of its pool are used at a time.
             store: open while the check runs.
             metadata: its tables with managed columns are read. All of the store's objects have to
                 be named by tables of it, or they are taken for orphans.
@@ -110,8 +110,9 @@ class Check:
             journal: what it lists is no orphan.
             delete: condemn orphans: with a journal by entering them into it, for its worker;
                 without one by deleting those that are old enough.
-            min_age: younger objects are not reported as orphans without a journal, since their
-                transactions may still be under way. It is compared with this machine's clock.
+            min_age: younger objects are not reported as orphans, since their transactions may
+                still be under way. It is compared with this machine's clock; with a journal whose
+                triggers are strict, 0 is safe.
 
         Raises:
             InvalidInputError: no column with URIs, or a negative age.
@@ -129,6 +130,7 @@ class Check:
         self.foreign = 0
         self.undecided: list[str] = []
         self.on_progress: Callable[[], None] = lambda: None
+        self._is_postgresql = engine.dialect.name == "postgresql"
         self._engine = engine
         self._store = store
         self._delete = delete
@@ -144,15 +146,26 @@ class Check:
             SQLAlchemyError: the rows could not be read.
         """
         suspects: list[Finding] = []
-        async with self._engine.connect() as connection:
+        async with self._connect() as connection:
             async for suspect in self._compare(connection):
                 suspects.append(suspect)
                 if len(suspects) == VERIFIED_AT_ONCE:
-                    for finding in await self._verify(suspects):
+                    async for finding in self._verify(suspects):
                         yield finding
                     suspects = []
-        for finding in await self._verify(suspects):
+        async for finding in self._verify(suspects):
             yield finding
+
+    @contextlib.asynccontextmanager
+    async def _connect(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection that sees all rows, or fails."""
+        async with self._engine.connect() as connection:
+            if self._is_postgresql:
+                # each look is to see what is committed by then, whatever the engine's level is
+                await connection.execution_options(isolation_level="READ COMMITTED")
+                # hidden rows would make their objects orphans
+                await connection.execute(text("SET LOCAL row_security = off"))
+            yield connection
 
     # --- both streams
 
@@ -202,33 +215,34 @@ class Check:
 
     # --- looking again
 
-    async def _verify(self, suspects: Sequence[Finding]) -> list[Finding]:
-        """Return what still holds."""
+    async def _verify(self, suspects: Sequence[Finding]) -> AsyncIterator[Finding]:
+        """Yield what still holds, each as soon as it was dealt with.
+
+        The store is asked first, then the journal, then the rows: an object that a row names
+        later than that was staged before, and one that is missing was missing while its row was
+        there.
+        """
         uris = list(dict.fromkeys(suspect.uri for suspect in suspects))
-        if not uris:
-            return []
-        async with self._engine.connect() as connection:
-            named = await named_by_rows(connection, self._tables, uris)
+        heads = dict(zip(uris, await asyncio.gather(*map(self._head, uris)), strict=True))
+        async with self._connect() as connection:
             listed = (
                 set() if self._entries is None else await self._entries.listed(connection, uris)
             )
-        heads = dict(zip(uris, await asyncio.gather(*map(self._head, uris)), strict=True))
-        found = []
+            named = await named_by_rows(connection, self._tables, uris)
         for suspect in suspects:
             uri, head = suspect.uri, heads[suspect.uri]
             if suspect.kind is FindingKind.SHARED:
                 if await self._is_shared(uri):
-                    found.append(suspect)
+                    yield suspect
             elif head is None:
                 self.undecided.append(uri)
             elif suspect.kind is FindingKind.DANGLING:
                 if uri in named and not isinstance(head, ObjectInfo):
-                    found.append(suspect)
+                    yield suspect
             elif isinstance(head, ObjectInfo) and uri not in named and uri not in listed:
                 orphan = await self._orphan(head)
                 if orphan is not None:
-                    found.append(orphan)
-        return found
+                    yield orphan
 
     async def _head(self, uri: str) -> ObjectInfo | BlobNotFoundError | None:
         """Return what is there, that nothing is, or None if the store does not tell."""
@@ -242,7 +256,7 @@ class Check:
 
     async def _is_shared(self, uri: str) -> bool:
         cells = 0
-        async with self._engine.connect() as connection:
+        async with self._connect() as connection:
             for table in self._tables:
                 for column in table.uris:
                     found = await connection.execute(select(column).where(column == uri))
@@ -251,7 +265,7 @@ class Check:
 
     async def _orphan(self, info: ObjectInfo) -> Finding | None:
         """Report an orphan, and condemn it if that was asked for."""
-        if self._entries is None and not self._is_old(info):
+        if not self._is_old(info):
             return None
         is_condemned = self._delete and await self._condemn(info.uri)
         if self._delete and not is_condemned and self._entries is not None:
@@ -264,15 +278,14 @@ class Check:
 
     async def _condemn(self, uri: str) -> bool:
         if self._entries is None:
-            async with self._engine.connect() as connection:
+            async with self._connect() as connection:
                 if await named_by_rows(connection, self._tables, [uri]):
                     return False
             return not (await self._store.delete_many([uri])).failed
-        async with self._engine.connect() as connection, connection.begin() as transaction:
-            if await self._entries.enter_orphan(connection, uri):
-                return True
-            await transaction.rollback()
-        return False
+        async with self._connect() as connection:
+            is_entered = await self._entries.enter_orphan(connection, uri)
+            await (connection.commit() if is_entered else connection.rollback())
+        return is_entered
 
 
 async def _in_order(

@@ -7,6 +7,7 @@ and their absence is met.
 from __future__ import annotations
 
 import enum
+import sqlite3
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,8 +60,14 @@ def _sqlite_mode(connection: Connection) -> Mode:
 
 
 def _modern_autocommit(driver: Any) -> bool | None:
-    """Return what Python 3.12 gave to sqlite3 connections; aiosqlite does not pass it on."""
-    autocommit = getattr(getattr(driver, "_conn", driver), "autocommit", None)
+    """Return what Python 3.12 gave to sqlite3 connections; aiosqlite does not pass it on.
+
+    None of a connection that only its own thread may ask, as of a database in memory.
+    """
+    try:
+        autocommit = getattr(getattr(driver, "_conn", driver), "autocommit", None)
+    except sqlite3.ProgrammingError:
+        return None
     return autocommit if isinstance(autocommit, bool) else None
 
 

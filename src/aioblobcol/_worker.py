@@ -23,9 +23,9 @@ from ._tasks import run_to_end
 from .errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 logger = logging.getLogger("aioblobcol.worker")
 
@@ -79,8 +79,7 @@ class Worker:
         times = (claim_for, poll_every)
         if batch_size < 1 or quarantine < timedelta(0) or any(t <= timedelta(0) for t in times):
             raise InvalidInputError("batch_size, claim_for and poll_every are positive")
-        level = "READ COMMITTED" if engine.dialect.name == "postgresql" else None
-        self._engine = engine.execution_options(isolation_level=level) if level else engine
+        self._engine = engine
         self._journal = journal
         self._entries = Entries(journal, engine.dialect.name)
         self._batch_size = batch_size
@@ -98,7 +97,7 @@ class Worker:
                 when the claim has run out.
         """
         claim = uuid.uuid4().hex
-        async with self._engine.begin() as connection:
+        async with self._begin() as connection:
             condemned = await self._entries.condemn(
                 connection, claim=claim, limit=self._batch_size, lease=self._claim_for
             )
@@ -134,11 +133,20 @@ class Worker:
                     async with asyncio.timeout(self._poll_every.total_seconds()):
                         await stop.wait()
 
+    @contextlib.asynccontextmanager
+    async def _begin(self) -> AsyncIterator[AsyncConnection]:
+        """Begin a transaction that sees what is committed, whatever the engine's level is."""
+        async with self._engine.connect() as connection:
+            if self._engine.dialect.name == "postgresql":
+                await connection.execution_options(isolation_level="READ COMMITTED")
+            async with connection.begin():
+                yield connection
+
     async def _carry_out(self, claim: str, condemned: Sequence[Condemned]) -> WorkReport:
         report = await self._delete([each.uri for each in condemned])
         known = {each.uri: each for each in condemned}
         deleted = [each for each in condemned if each.uri not in report.failed]
-        async with self._engine.begin() as connection:
+        async with self._begin() as connection:
             removed = await self._entries.forget(
                 connection, deleted, claim=claim, quarantine=self._quarantine
             )

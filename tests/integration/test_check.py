@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 from support.databases import Database
 from support.journal import Journaled, open_journaled
 
-from aioblobcol import InvalidInputError, StoreUnavailableError
+from aioblobcol import BlobType, InvalidInputError, StoreUnavailableError
 from aioblobcol._check import Check, Finding, FindingKind
 from aioblobcol.testing import MemoryStore, StoredObject
 
@@ -101,13 +102,14 @@ class TestFindings:
         assert await found_by(no_age, journaled) == [("orphan", "d")]
 
     async def test_what_the_journal_lists(self, journaled: Journaled) -> None:
-        """It is under way, or about to be deleted; with a journal the age does not matter."""
+        """It is under way, or about to be deleted; with a journal no age needs to be waited for."""
         now = datetime.now(timezone.utc)
         place(journaled, "d", modified_at=now)
         place(journaled, "e", modified_at=now)
         await journaled.stage("d")
 
-        assert await found_by(check(journaled, with_journal=True), journaled) == [("orphan", "e")]
+        one = check(journaled, with_journal=True, min_age=timedelta(0))
+        assert await found_by(one, journaled) == [("orphan", "e")]
 
     async def test_foreign(self, journaled: Journaled) -> None:
         """What lies outside of the store's bucket and prefix is somebody else's."""
@@ -271,7 +273,69 @@ class TestDeleting:
         assert await journaled.states() == {}
 
 
+class TestRowsThatAreHidden:
+    async def test_by_the_database(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """A role that may not see all rows is told so, in place of finding orphans."""
+        async with open_journaled(postgres, memory_store) as journaled:
+            for name in "abc":
+                place(journaled, name)
+            await journaled.run(
+                "ALTER TABLE <docs> ENABLE ROW LEVEL SECURITY",
+                "DROP ROLE IF EXISTS check_reader",
+                "CREATE ROLE check_reader LOGIN",
+                "GRANT SELECT ON <docs>, journaled_pages, aioblobcol_journal TO check_reader",
+            )
+            role = {"server_settings": {"role": "check_reader"}}
+            engine = postgres.engine_with(connect_args=role)
+            metadata = journaled.journal.table.metadata
+            one = Check(engine, memory_store, metadata, delete=True, min_age=timedelta(0))
+            with pytest.raises(DBAPIError, match="row-level security"):
+                await found_by(one, journaled)
+            await engine.dispose()
+            await journaled.run(
+                "REVOKE ALL ON <docs>, journaled_pages, aioblobcol_journal FROM check_reader",
+                "DROP ROLE check_reader",
+            )
+
+            assert set("abc") == {n for n in "abc" if journaled.uri(n) in memory_store.objects}
+
+    async def test_by_its_isolation(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """Whatever level the application's engine has, each look is at what is committed."""
+        async with open_journaled(postgres, memory_store) as journaled:
+            for name in "abcd":
+                place(journaled, name)
+            await journaled.stage("d")
+            listed = memory_store.iter_uris
+
+            async def late() -> AsyncIterator[str]:
+                async for uri in listed():
+                    yield uri
+                await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>)")
+
+            memory_store.iter_uris = late  # type: ignore[method-assign]
+            for level in ("REPEATABLE READ", "AUTOCOMMIT"):
+                engine = postgres.engine.execution_options(isolation_level=level)
+                metadata = journaled.journal.table.metadata
+                url = metadata.tables["journaled docs"].c.URL
+                one = Check(engine, memory_store, metadata, uri_columns=[url], delete=True)
+                assert await found_by(one, journaled) == []
+                memory_store.iter_uris = listed  # type: ignore[method-assign]
+
+
 class TestArguments:
+    def test_columns_that_would_be_overlooked(self, journaled: Journaled) -> None:
+        """Of other tables than those of the metadata, or of types that hold no URI."""
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "t",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("body", BlobType()),
+        )
+        for column in (table.c.id, sa.Table("u", sa.MetaData(), sa.Column("url", sa.Text)).c.url):
+            with pytest.raises(InvalidInputError, match="uri_columns"):
+                Check(journaled.database.engine, journaled.store, metadata, uri_columns=[column])
+
     def test_no_column(self, journaled: Journaled) -> None:
         """Models that were not imported would make every object an orphan."""
         with pytest.raises(InvalidInputError, match="imported"):

@@ -463,11 +463,17 @@ class TestInstalling:
             {"stores": "s3://bucket"},
             {"lease": timedelta(0)},
             {"retention": timedelta(seconds=-1)},
+            {"retention": timedelta.max},
             {"uri_columns": ["url"]},
         ]
         for arguments in impossible:
             with pytest.raises(InvalidInputError):
                 Journal(sa.MetaData(), **{"stores": memory_store, **arguments})
+
+        metadata = sa.MetaData()
+        Journal(metadata, memory_store)
+        with pytest.raises(InvalidInputError, match="already"):
+            Journal(metadata, memory_store, table_name="other")
 
         metadata = sa.MetaData()
         sa.Table("no_key", metadata, sa.Column("body", BlobType()))

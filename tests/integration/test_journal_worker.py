@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from support.databases import Database
 from support.journal import Journaled, open_journaled
 
 from aioblobcol import DeleteReport, InvalidInputError
-from aioblobcol._journal import back_off
+from aioblobcol._journal import Journal, back_off
 from aioblobcol._worker import Worker, WorkReport
 from aioblobcol.testing import MemoryStore, StoredObject
 
@@ -103,6 +103,58 @@ class TestRounds:
         assert await journaled.states() == {"f": "deleting"}
         assert journaled.uri("d") in caplog.text
         assert journaled.uri("e") in caplog.text
+
+    async def test_a_retired_one_that_a_row_names_again(self, journaled: Journaled) -> None:
+        """A row that was restored past the triggers keeps its object."""
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await journaled.run("INSERT INTO <docs> (name, body) VALUES ('p', <a>)")
+        await pass_time(journaled, hours=1)
+
+        assert await worker(journaled).run_once() == WorkReport(claimed=1, deleted=1, removed=1)
+        assert objects(journaled) == "acdef"
+        assert await journaled.states() == {}
+
+    async def test_other_names_and_types(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """A column with a key of its own, one that pads its text, JSON behind a decorator."""
+
+        class Wrapped(sa.types.TypeDecorator[Any]):
+            impl = sa.JSON
+            cache_ok = True
+
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "journaled_odd",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("URL", sa.CHAR(200), key="url"),
+            sa.Column("wrapped", Wrapped),
+        )
+        uri_columns = [table.c.url, table.c.wrapped]
+        journal = Journal(metadata, memory_store, table_name="odd", uri_columns=uri_columns)
+        uris = [f"s3://bucket/prefix/odd/id={n:032x}" for n in range(3)]
+        engine = database.engine
+        async with engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+            for uri in uris:
+                await connection.execute(sa.insert(journal.table).values(uri=uri, state="staged"))
+                memory_store.objects[uri] = StoredObject(b"x", {}, {})
+            await connection.run_sync(journal.drop_triggers)
+            row = {"id": 1, "url": uris[0], "wrapped": {"uri": uris[1]}}
+            await connection.execute(sa.insert(table).values(row))
+            past = datetime(2020, 1, 1)  # noqa: DTZ001 - as SQLite stores it
+            when = past if database.is_sqlite else past.replace(tzinfo=timezone.utc)
+            await connection.execute(sa.update(journal.table).values(since=when))
+        report = await Worker(journal, engine).run_once()
+        async with engine.begin() as connection:
+            await connection.run_sync(metadata.drop_all)
+
+        assert report == WorkReport(claimed=1, deleted=1)
+        assert memory_store.objects.keys() >= set(uris[:2])
+        assert uris[2] not in memory_store.objects
 
     async def test_staging_twice(self, journaled: Journaled) -> None:
         """A batch whose commit is in doubt may be sent again, and changes nothing by it."""

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Column, MetaData, String, Table, type_coerce
+from sqlalchemy import CHAR, JSON, Column, MetaData, String, Table, Text, cast, type_coerce
 
 from .._column import BlobType
 from ..errors import InvalidInputError
@@ -28,12 +28,27 @@ class UriColumn:
     """A column that holds URIs.
 
     Attributes:
-        name: of the column.
+        column: of a table.
         is_json: it holds an object with the URI in ``uri``.
     """
 
-    name: str
+    column: Column[Any]
     is_json: bool
+
+    @property
+    def name(self) -> str:
+        """What the database calls it."""
+        return self.column.name
+
+    @property
+    def uri(self) -> ColumnElement[str]:
+        """The URI as an expression."""
+        if self.is_json:
+            text: ColumnElement[str] = type_coerce(self.column, JSON)["uri"].as_string()
+            return text
+        if isinstance(self.column.type, CHAR):
+            return cast(self.column, Text)  # without the spaces that CHAR(n) is filled with
+        return type_coerce(self.column, String())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,15 +66,7 @@ class JournaledTable:
     @property
     def uris(self) -> list[ColumnElement[str]]:
         """The URIs in its columns, as expressions."""
-        found: list[ColumnElement[str]] = []
-        for each in self.columns:
-            column = self.table.c[each.name]
-            found.append(
-                type_coerce(column, JSON)["uri"].as_string()
-                if each.is_json
-                else type_coerce(column, String())
-            )
-        return found
+        return [each.uri for each in self.columns]
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -80,11 +87,21 @@ class JournaledTable:
 def tables_with_uris(
     metadata: MetaData, uri_columns: Sequence[Column[Any]] = ()
 ) -> list[JournaledTable]:
-    """Return the tables with managed columns, or with one of *uri_columns*."""
+    """Return the tables with managed columns, or with one of *uri_columns*.
+
+    Raises:
+        InvalidInputError: one of *uri_columns* is in no table of *metadata*, so that it would not
+            be looked at, or is neither text nor JSON.
+    """
+    for column in uri_columns:
+        if not any(column.table is table for table in metadata.tables.values()):
+            raise InvalidInputError(f"uri_columns: {column} is in no table of this MetaData")
+        if not isinstance(_impl(column), (JSON, String)):
+            raise InvalidInputError(f"uri_columns: {column} is neither text nor JSON")
     found = []
     for table in metadata.sorted_tables:
         columns = tuple(
-            UriColumn(column.name, is_json)
+            UriColumn(column, is_json)
             for column in table.columns
             if (is_json := _holds_uris(column, uri_columns)) is not None
         )
@@ -110,8 +127,13 @@ def _holds_uris(column: Column[Any], uri_columns: Sequence[Column[Any]]) -> bool
     if isinstance(column.type, BlobType):
         return column.type.format == "json"
     if any(column is each for each in uri_columns):
-        return isinstance(column.type, JSON)
+        return isinstance(_impl(column), JSON)
     return None
+
+
+def _impl(column: Column[Any]) -> Any:
+    """Return a column's type, or what a `TypeDecorator` stands around."""
+    return getattr(column.type, "impl_instance", column.type)
 
 
 def literal(text: str) -> str:

@@ -128,12 +128,12 @@ class Entries:
                 .with_for_update(skip_locked=True)
             )
         ).all()
-        staged = [entry.uri for entry in due if entry.state == "staged"]
-        live = await self._named_by_rows(connection, staged)
+        asked = [entry.uri for entry in due if entry.state != "deleting"]
+        live = await self._named_by_rows(connection, asked)
         if live:
             logger.warning(
-                "adopted late: rows name objects that are staged; did something write rows past "
-                "the triggers? %s",
+                "adopted late: rows name objects that the journal lists; did something write rows "
+                "past the triggers? %s",
                 ", ".join(sorted(live)),
             )
             await self._remove(connection, live)

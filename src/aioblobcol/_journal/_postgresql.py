@@ -112,7 +112,7 @@ END""",
 
     def _uri(self, column: UriColumn) -> str:
         name = f"r.{quoted(self._dialect, column.name)}"
-        return f"{name}::jsonb ->> 'uri'" if column.is_json else f"{name}::text"
+        return f"{name} ->> 'uri'" if column.is_json else f'{name}::text COLLATE "C"'
 
     # --- the function of one table
 
@@ -244,6 +244,7 @@ END"""
 def _function(head: str, body: str) -> str:
     return (
         f"CREATE OR REPLACE FUNCTION {head} LANGUAGE plpgsql SET search_path FROM CURRENT "
+        "SET enable_nestloop = off "  # the planner knows nothing of how many rows changed
         f"AS $aioblobcol${body}\n$aioblobcol$"
     )
 

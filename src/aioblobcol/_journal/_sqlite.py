@@ -161,7 +161,8 @@ class SqliteTriggers:
                 f"'key', json_array({key}))"
             )
             lines.append(
-                f"INSERT OR IGNORE INTO {self._entries} (uri, state, since, not_before, owner) "
-                f"SELECT {uri}, 'retired', {NOW}, {self._due}, {owner} WHERE {is_gone}"
+                f"INSERT INTO {self._entries} (uri, state, since, not_before, owner) "
+                f"SELECT {uri}, 'retired', {NOW}, {self._due}, {owner} WHERE {is_gone} "
+                f"AND NOT EXISTS (SELECT 1 FROM {self._entries} WHERE uri = {uri})"
             )
         return lines

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
 
 TABLE_NAME = "aioblobcol_journal"
+INFO_KEY = "aioblobcol.journal"
+LONGEST = timedelta(days=36_525)
 STATES = ("staged", "retired", "deleting")
 
 
@@ -105,14 +107,18 @@ class Journal:
         named = dict(stores) if isinstance(stores, Mapping) else {"default": stores}
         if not named or not all(hasattr(store, "delete_many") for store in named.values()):
             raise InvalidInputError("Journal(metadata, store): a store, or a dict of stores")
-        if lease <= timedelta(0) or retention < timedelta(0):
-            raise InvalidInputError("lease is longer than no time, retention not negative")
+        is_possible = timedelta(0) < lease <= LONGEST and timedelta(0) <= retention <= LONGEST
+        if not is_possible:
+            raise InvalidInputError("lease and retention are from no time to a hundred years")
+        if INFO_KEY in metadata.info:
+            raise InvalidInputError("this MetaData has a Journal already; give it all stores")
         self.stores: Mapping[str, Store] = named
         self.lease = lease
         self.retention = retention
         self._strict = strict
         self._uri_columns = [column_of(column) for column in uri_columns]
         self._metadata = metadata
+        metadata.info[INFO_KEY] = table_name
         self.table = _journal_table(metadata, table_name, schema or metadata.schema)
         event.listen(metadata, "after_create", self._after_create)
         event.listen(metadata, "before_drop", self._before_drop)

@@ -7,6 +7,7 @@ Findings go to stdout, progress and trouble to stderr.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from collections import Counter
@@ -63,6 +64,8 @@ async def run_check(
         StoreError, SQLAlchemyError, RuntimeError: as `Check.findings`.
     """
     report: Callable[[Mapping[str, Any], str], None] = _print_json if as_json else _print_line
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that knows no "ü" shows it escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     wrong = 0
     try:
         for name, store in _distinct(app).items():
@@ -154,7 +157,7 @@ def _described(finding: Finding) -> tuple[Mapping[str, Any], str]:
 
 
 def _print_json(fields: Mapping[str, Any], _line: str) -> None:
-    print(json.dumps(fields, ensure_ascii=False), flush=True)  # noqa: T201 - this is what it is for
+    print(json.dumps(fields), flush=True)  # noqa: T201 - this is what it is for
 
 
 def _print_line(_fields: Mapping[str, Any], line: str) -> None:
