@@ -1,9 +1,9 @@
 """The check: the bucket's listing and the rows, side by side, in both directions.
 
-Two sorted streams are merged in constant memory. They are never of one moment, so that each
+Two sorted streams are merged, neither of which is kept. They are never of one moment, so that each
 finding is looked at again (row, journal, HEAD) before it is reported. Read-only unless told
 otherwise; what is told to be deleted is deleted by nobody else than the journal's worker, or,
-without a journal, here, if it is old enough: that trusts clocks, and says so.
+without a journal, here. Only what is old enough is reported: that trusts clocks, and says so.
 
 Invariants: an orphan is condemned only after the rows were asked again, and with a journal only
 once nobody can adopt it any more; outside of the store's bucket and prefix nothing is reported.

@@ -4,7 +4,7 @@ Each is one transaction's work on a connection that the caller has begun and com
 touches an object store.
 
 Invariants: ``deleting`` is terminal, only removal of the entry leads out of it; an entry is removed
-by whoever claimed it last. Before a staged entry is condemned the rows are asked, in the same
+by whoever claimed it last. Before an entry is condemned the rows are asked, in the same
 transaction: one that is named after all (adoption was bypassed) is let go with a warning, and its
 object stays. Times are the database's, and delay deletes; they decide nothing else.
 """
@@ -77,14 +77,8 @@ class Entries:
     async def stage(self, connection: AsyncConnection, uris: Iterable[str]) -> None:
         """Write objects down before they can exist. To repeat it changes nothing."""
         values = [{"uri": uri, "state": "staged"} for uri in uris]
-        if not values:
-            return
-        if self._is_sqlite:
-            await connection.execute(sqlite.insert(self._table).on_conflict_do_nothing(), values)
-        else:
-            await connection.execute(
-                postgresql.insert(self._table).on_conflict_do_nothing(), values
-            )
+        if values:
+            await connection.execute(self._insert_new(), values)
 
     async def renew(self, connection: AsyncConnection, uris: Collection[str]) -> list[str]:
         """Begin the lease of staged objects anew; return those that were not staged any more."""
@@ -206,10 +200,7 @@ class Entries:
         again. If it returns False, the caller rolls back.
         """
         values = {"uri": uri, "state": "deleting"}
-        dialect: Any = sqlite if self._is_sqlite else postgresql
-        entered = await connection.execute(
-            dialect.insert(self._table).values(values).on_conflict_do_nothing()
-        )
+        entered = await connection.execute(self._insert_new(), values)
         return entered.rowcount == 1 and not await self._named_by_rows(connection, [uri])
 
     async def listed(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
@@ -221,6 +212,11 @@ class Entries:
                 (await connection.execute(select(column).where(column.in_(some)))).scalars()
             )
         return found
+
+    def _insert_new(self) -> Any:
+        """Return an INSERT that leaves alone what is listed already."""
+        dialect: Any = sqlite if self._is_sqlite else postgresql
+        return dialect.insert(self._table).on_conflict_do_nothing()
 
     async def _remove(
         self, connection: AsyncConnection, uris: Collection[str], *conditions: ColumnElement[bool]

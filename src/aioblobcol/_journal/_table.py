@@ -63,8 +63,9 @@ class Triggers(Protocol):
 class Journal:
     """What is written down about objects that no row names: made once, beside the `MetaData`.
 
-    Its table is one of the user's: ``create_all`` and Alembic see it, and ``create_all`` creates
-    the triggers of every table with managed columns that it creates or finds.
+    Its table is one of the user's, which ``create_all`` sees. ``create_all`` creates the triggers
+    with the tables that it creates, and those of all tables with the journal's own; for tables
+    that were there before, call `create_triggers`.
 
     Attributes:
         table: the journal's own.
