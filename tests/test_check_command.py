@@ -41,6 +41,8 @@ store = open_store(
 blobs = BlobApp(engine=engine, stores={"default": store, "the same": store}, metadata=Base.metadata)
 """
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 Run = Callable[..., Awaitable[tuple[int, str, str]]]
 
 

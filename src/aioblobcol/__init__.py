@@ -8,6 +8,7 @@ from ._app import BlobApp
 from ._blob import Blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
+from ._journal import Journal
 from ._managed import blob_report, blob_sessionmaker, enlist, track_blobs, upload_blobs
 from ._store._base import DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
@@ -73,6 +74,7 @@ __all__ = [
     "InvalidPutArgumentsError",
     "InvalidS3UriError",
     "InvalidSourceError",
+    "Journal",
     "NaiveDatetimeError",
     "ObjectInfo",
     "Outcome",

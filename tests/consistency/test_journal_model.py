@@ -35,6 +35,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 """Who has to take part for a rule to matter."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", CASTS)
 def test_nothing_is_lost_and_nothing_is_left(cast: str) -> None:
     """In any order, with a crash at each step, and with requests that take effect late."""
@@ -44,6 +45,7 @@ def test_nothing_is_lost_and_nothing_is_left(cast: str) -> None:
     assert states > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_needed(rule: str) -> None:
     """Leaving out one of them loses or leaks."""

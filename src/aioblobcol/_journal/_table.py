@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
-from .._store._base import Store
+from .._store._base import Store, named_stores
 from .._uri import root_uri
 from ..errors import InvalidInputError
 from ._columns import JournaledTable, column_of, tables_with_uris
@@ -103,26 +103,33 @@ class Journal:
                 nothing (SQLite): for a rolling deployment, as long as old programs write rows.
 
         Raises:
-            InvalidInputError: no store, or times that are none.
+            InvalidInputError: no store, two of them in one place, or times that are none.
         """
-        named = dict(stores) if isinstance(stores, Mapping) else {"default": stores}
-        if not named or not all(hasattr(store, "delete_many") for store in named.values()):
-            raise InvalidInputError("Journal(metadata, store): a store, or a dict of stores")
         is_possible = timedelta(0) < lease <= LONGEST and timedelta(0) <= retention <= LONGEST
         if not is_possible:
             raise InvalidInputError("lease and retention are from no time to a hundred years")
         if INFO_KEY in metadata.info:
             raise InvalidInputError("this MetaData has a Journal already; give it all stores")
-        self.stores: Mapping[str, Store] = named
+        self.stores: Mapping[str, Store] = named_stores(stores)
         self.lease = lease
         self.retention = retention
         self._strict = strict
         self._uri_columns = [column_of(column) for column in uri_columns]
         self._metadata = metadata
-        metadata.info[INFO_KEY] = table_name
+        metadata.info[INFO_KEY] = self
         self.table = _journal_table(metadata, table_name, schema or metadata.schema)
         event.listen(metadata, "after_create", self._after_create)
         event.listen(metadata, "before_drop", self._before_drop)
+
+    @staticmethod
+    def of(metadata: MetaData) -> Journal | None:
+        """Return the journal of a `MetaData`."""
+        return metadata.info.get(INFO_KEY)
+
+    @property
+    def uri_columns(self) -> Sequence[Column[Any]]:
+        """The columns of strings with URIs, of the explicit strength."""
+        return tuple(self._uri_columns)
 
     @property
     def journaled_tables(self) -> list[JournaledTable]:

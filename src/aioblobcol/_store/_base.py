@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from .._sources import Payload
 from .._tasks import Background, run_to_end
 from .._uri import root_uri
-from ..errors import CleanUpError, ForeignUriError, StoreClosedError
+from ..errors import CleanUpError, ForeignUriError, InvalidInputError, StoreClosedError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -266,6 +266,26 @@ def is_owned(store: Store, uri: str) -> bool:
         return False
     # S3 takes "prefix/../other" as it stands, a proxy on the way may not
     return not {"", ".", ".."}.intersection(uri.removeprefix(root).split("/"))
+
+
+def named_stores(given: Store | Mapping[str, Store]) -> dict[str, Store]:
+    """Return stores by their names; one without a name is ``default``.
+
+    Raises:
+        InvalidInputError: none at all, something that is none, or two of them that would take
+            each other's objects for their own.
+    """
+    named = dict(given) if isinstance(given, Mapping) else {"default": given}
+    if not named or not all(hasattr(store, "delete_many") for store in named.values()):
+        raise InvalidInputError(f"a store, or a dict of stores, is needed, not {given!r}")
+    for one, other in itertools.permutations(named.values(), 2):
+        inner, outer = (root_uri(each.bucket, each.prefix) for each in (one, other))
+        if one is not other and inner.startswith(outer):
+            raise InvalidInputError(
+                f"two stores own {inner}: their URIs could not be told apart. Give each a bucket, "
+                "or a prefix that is not inside of the other's; or one store object two names"
+            )
+    return named
 
 
 def owned_uris(store: Store, uris: Collection[str]) -> list[str]:

@@ -91,7 +91,8 @@ async def _check_store(
         app.engine,
         store,
         app.metadata,
-        uri_columns=app.uri_columns,
+        uri_columns=app.all_uri_columns,
+        journal=app.journal,
         delete=delete,
         min_age=min_age,
     )
