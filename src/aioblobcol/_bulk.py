@@ -191,7 +191,7 @@ class _Bulk:
         unit = self._keeper.open_unit(self._session)
         try:
             unit.check(self._session)
-            unit.upload(self._placements)
+            unit.upload(self._session, self._placements)
         except BaseException:
             for placement in self._placements:
                 if not placement.blob.is_stored:

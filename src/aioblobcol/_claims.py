@@ -18,12 +18,18 @@ from ._column import as_uri
 from ._ledger import Ledger
 from ._rows import ROWS_PER_READ, batched, is_one_of
 from .aws_s3 import DeleteS3Result, PutS3BackedColumnResult, PutS3Result
-from .errors import BlobNotWrittenError, BlobSharedError, TransactionAbortedError
+from .errors import (
+    BlobNotWrittenError,
+    BlobSharedError,
+    InvalidInputError,
+    TransactionAbortedError,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Column
     from sqlalchemy.orm import Session
 
+    from ._journal import JournalWriter
     from ._session import Cell, TransactionWatch
     from ._store._base import Store
     from ._transfer import Attempt
@@ -45,6 +51,17 @@ _UNRELEASED = (
 )
 
 
+_NOT_ADOPTED = (
+    "rows name objects that no trigger of the journal has adopted, so that its worker would delete "
+    "them: name the column in Journal(..., uri_columns=[...]), and install the triggers "
+    "(Journal.create_triggers, or `aioblobcol ddl`)."
+)
+UNSTAGED = (
+    "a result was uploaded without the journal of this transaction, so that no row could adopt "
+    "its objects: put_s3(..., journal=journal), or upload inside of the block (tx.put_s3)"
+)
+
+
 class Claims:
     """Results with one ledger, and what is needed to carry its settlement out.
 
@@ -53,9 +70,16 @@ class Claims:
         stores: URI to store, of new and old objects.
         attempts: URI to attempt, of new objects.
         replaced_by: old URI to new URI.
+        writer: of the journal, if there is one.
     """
 
-    def __init__(self, session: Session, *, allow_unwritten: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        allow_unwritten: bool,
+        writer: JournalWriter | None = None,
+    ) -> None:
         self.ledger = Ledger(keeps_unwritten=allow_unwritten)
         self.watch: TransactionWatch | None = None
         self.results: list[PutS3Result | DeleteS3Result] = []
@@ -63,12 +87,19 @@ class Claims:
         self.attempts: dict[str, Attempt] = {}
         self.replaced_by: dict[str, str] = {}
         self.allow_unwritten = allow_unwritten
+        self.writer = writer
         self._session = weakref.ref(session)  # whose keeper holds us
 
     # --- what is claimed
 
     def take(self, results: Sequence[PutS3Result | DeleteS3Result]) -> None:
-        """Own *results* from now on; all of them or, if one is spent or taken, none."""
+        """Own *results* from now on; all of them or, if one is refused, none.
+
+        Raises:
+            ResultSpentError: one is spent, or taken.
+            InvalidInputError: one was uploaded without being staged, and there is a journal.
+        """
+        writer = self._writer_of(results)
         taken: list[PutS3Result | DeleteS3Result] = []
         try:
             for result in results:
@@ -79,6 +110,16 @@ class Claims:
                 result._life.owner = None
             raise
         self.results += taken
+        self.writer = writer
+
+    def _writer_of(self, results: Sequence[PutS3Result | DeleteS3Result]) -> JournalWriter | None:
+        writer = self.writer
+        uploads = [each for each in results if isinstance(each, PutS3Result) and each.changed]
+        for result in uploads:
+            writer = writer or result._writer
+        if any(result._writer is not writer for result in uploads):
+            raise InvalidInputError(UNSTAGED)
+        return writer
 
     def give_back(self) -> None:
         """Leave the results to the caller: the transaction was refused."""
@@ -125,6 +166,7 @@ class Claims:
             BlobNotWrittenError, BlobSharedError: nothing was rolled back yet.
         """
         _read_back(self._live_session, self._watched)
+        self._check_adopted()
         demand = self.ledger.demand()
         if demand.shared:
             raise BlobSharedError(demand.shared)
@@ -134,6 +176,15 @@ class Claims:
             raise BlobNotWrittenError(demand.unwritten, _UNWRITTEN)
         if demand.unreleased:
             raise BlobNotWrittenError(demand.unreleased, _UNRELEASED)
+
+    def _check_adopted(self) -> None:
+        """Find what the statements have written where the journal does not see it."""
+        written = self.ledger.written()
+        if self.writer is None or not written:
+            return
+        left = self.writer.still_staged(self._live_session, written)
+        if left:
+            raise BlobNotWrittenError(left, _NOT_ADOPTED)
 
     @property
     def _live_session(self) -> Session:

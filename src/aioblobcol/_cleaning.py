@@ -6,9 +6,11 @@ Never raises for storage trouble: once COMMIT has succeeded nothing about clean-
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Protocol
 
+from ._journal import LEFT_TO_WORKER
 from ._store._base import DeleteReport, Store
 from ._transfer import Attempt, delete_all, expect_late
 from .aws_s3 import why_kept
@@ -16,7 +18,9 @@ from .aws_s3 import why_kept
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ._journal import JournalWriter
     from ._ledger import Settlement
+    from .errors import Outcome
 
 logger = logging.getLogger("aioblobcol.transaction")
 
@@ -35,8 +39,22 @@ async def clean_up(
     attempts: Mapping[str, Attempt],
     replaced_by: Mapping[str, str],
     background: bool,
-) -> None:
-    """Delete what *settlement* says, and add what became of it to ``to.report``."""
+    writer: JournalWriter | None = None,
+) -> Outcome | None:
+    """Delete what *settlement* says, and add what became of it to ``to.report``.
+
+    With a journal, new objects that no row names are condemned first, and those that their rows
+    have let go are its worker's: the triggers know better than the session which ones they are.
+
+    Returns:
+        What the journal says about an outcome that was unknown.
+    """
+    if writer is not None:
+        kept = dict.fromkeys(settlement.supersede, LEFT_TO_WORKER)
+        to.report = to.report.merged_with(DeleteReport(kept=kept))
+        settlement = dataclasses.replace(settlement, supersede=())
+        if not writer.is_volatile:
+            return await _settle(settlement, writer, to=to, stores=stores, attempts=attempts)
     kept = {
         uri: reason
         for uri in settlement.supersede
@@ -59,6 +77,27 @@ async def clean_up(
             for store in concerned.values()
         )
     )
+    return None
+
+
+async def _settle(
+    settlement: Settlement,
+    writer: JournalWriter,
+    *,
+    to: Reporter,
+    stores: Mapping[str, Store],
+    attempts: Mapping[str, Attempt],
+) -> Outcome | None:
+    new, undecided = settlement.compensate, settlement.undecided_created
+    if new:
+        unanswered = [uri for uri in new if uri not in attempts or attempts[uri].may_land_late]
+        report = await writer.settle({uri: stores[uri] for uri in new}, unanswered=unanswered)
+        to.report = to.report.merged_with(report)
+    if not undecided:
+        return None
+    report, outcome = await writer.resolve({uri: stores[uri] for uri in undecided})
+    to.report = to.report.merged_with(report)
+    return outcome
 
 
 async def _clean_up_store(

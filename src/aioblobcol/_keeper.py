@@ -39,6 +39,7 @@ from ._column import (
 from ._connection import is_new_target
 from ._frames import Frames
 from ._greenlet import MissingGreenlet, wait_for
+from ._journal import Staging
 from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
@@ -54,7 +55,7 @@ from ._session import (
 from ._statements import copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
-from ._transfer import Attempt, compensate, upload_each
+from ._transfer import Attempt, compensate
 from .errors import (
     BlobSharedError,
     BlobUploadError,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import InstanceState
 
+    from ._journal import Journal, JournalWriter
     from .aws_s3 import DeleteS3Result, PutS3Result
 
 logger = logging.getLogger("aioblobcol.session")
@@ -87,10 +89,12 @@ class Unit:
     Attributes:
         outcome: None while it is under way.
         report: what the clean-up did; in background, later.
+        writer: of the journal, if there is one.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, writer: JournalWriter | None = None) -> None:
         self.is_settled = False
+        self.writer = writer
         self.books = Frames()
         self.claims: list[Claims] = []
         self.report = DeleteReport()
@@ -130,14 +134,16 @@ class Unit:
             raise UnsafeTransactionError(self.watch.refusal)
         check_level(session, self.watch)
 
-    def upload(self, placements: Collection[Placement]) -> None:
+    def upload(self, session: Session, placements: Collection[Placement]) -> None:
         """Upload all of them at once and admit them into the next statements, or undo all.
 
         Raises:
-            InvalidInputError, StoreClosedError: refused; nothing was sent.
+            InvalidInputError, StoreClosedError, UnsafeTransactionError: refused; nothing was sent.
             BlobUploadError: nothing was kept.
+            SQLAlchemyError: the journal could not be written; nothing was sent.
         """
         placed: list[Placement] = []
+        staging = Staging(self.writer)
         try:
             uploads = []
             for placement in placements:
@@ -145,12 +151,15 @@ class Unit:
                 placed.append(placement)
                 self.books.create(placement.uri)
                 self.stores[placement.uri] = placement.store
-            attempts = wait_for(upload_each(uploads))
+            self._check_columns(placements)
+            staging.begin(session, [placement.uri for placement in placed])
+            attempts = wait_for(staging.upload(uploads))
             self._check_alive(attempts)
             for attempt in attempts:
                 self.attempts[attempt.uri] = attempt
         except BaseException as exc:
-            self._forget(placed, exc)
+            if not staging.is_begun:
+                self._forget(placed, exc)
             raise
         for placement in placed:
             placement.blob._was_uploaded(
@@ -158,6 +167,16 @@ class Unit:
             )
             self.blobs[placement.uri] = placement.blob
             self.admit(placement.blob)
+
+    def stage_again(self, session: Session, blobs: Collection[Blob]) -> None:
+        """A savepoint may have undone what was staged in the session's own transaction."""
+        if self.writer is not None and blobs and self.writer.stages_inside(session):
+            self.writer.stage_inside(session, [blob.uri for blob in blobs])
+
+    def _check_columns(self, placements: Collection[Placement]) -> None:
+        if self.writer is not None:
+            for placement in placements:
+                self.writer.journal.check_column(placement.attribute.column)
 
     def _check_alive(self, attempts: Collection[Attempt]) -> None:
         if self.is_settled:
@@ -221,7 +240,7 @@ class Unit:
             UnsafeTransactionError: see `check`.
         """
         self.check(session)
-        claims = Claims(session, allow_unwritten=allow_unwritten)
+        claims = Claims(session, allow_unwritten=allow_unwritten, writer=self.writer)
         claims.take(list(results))
         claims.watch = follow(session, claims.ledger, Frames())
         for result in claims.results:
@@ -246,14 +265,18 @@ class Unit:
         self.books.keep_noted(unless=claimed)
         own = self.books.settle(self.outcome)
         self._conclude_blobs(own)
-        verdicts = [Verdict(own, self.stores, self.attempts, {})]
+        verdicts = [Verdict(own, self.stores, self.attempts, {}, self.writer)]
         for claims in self.claims:
             assert claims.watch is not None
             claims.watch.root_ended()
             claims.watch.stop()
             claims.spend(f"its transaction ended: {self.outcome.value}")
             settlement = claims.ledger.settle()
-            verdicts.append(Verdict(settlement, claims.stores, claims.attempts, claims.replaced_by))
+            verdicts.append(
+                Verdict(
+                    settlement, claims.stores, claims.attempts, claims.replaced_by, claims.writer
+                )
+            )
         return verdicts
 
     def _keep_what_sql_copied(self) -> None:
@@ -301,12 +324,14 @@ class Verdict:
     stores: Mapping[str, Store]
     attempts: Mapping[str, Attempt]
     replaced_by: Mapping[str, str]
+    writer: JournalWriter | None
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is to be deleted or reported."""
+        """Nothing is to be deleted, reported or found out."""
         found = self.settlement
-        return not (found.compensate or found.supersede or found.kept)
+        is_resolvable = self.writer is not None and found.undecided_created
+        return not (found.compensate or found.supersede or found.kept or is_resolvable)
 
 
 class Keeper:
@@ -326,8 +351,10 @@ class Keeper:
         *,
         background: bool,
         commit_seconds: float,
+        journal: Journal | None = None,
     ) -> None:
         self.stores = stores
+        self.journal = journal
         self.background = background
         self.commit_seconds = commit_seconds
         self.unit: Unit | None = None
@@ -342,10 +369,15 @@ class Keeper:
         """Return the unit of the root transaction under way, or of the next one."""
         if self.unit is None:
             self.unknown = None
-            self.unit = self.last = Unit(session)
+            self.unit = self.last = Unit(session, self._writer(session))
             for seen in self._seen:
                 self.unit.take_over(seen)
         return self.unit
+
+    def _writer(self, session: Session) -> JournalWriter | None:
+        if self.journal is None:
+            return None
+        return self.journal.writer(session.get_bind(clause=self.journal.table).engine)
 
     def begins(self, connection: Connection) -> None:
         """Look at what is sent from now on, although nothing is at stake yet."""
@@ -376,12 +408,13 @@ class Keeper:
                 return
             unit = self.open_unit(session)
             unit.check(session)
-            unit.upload(flush.placements)
+            unit.upload(session, flush.placements)
         except BaseException:
             flush.unclaim()
             raise
         finally:
             self._is_preparing = False
+        unit.stage_again(session, flush.in_place)
         for blob in flush.in_place:
             unit.admit(blob)
         unit.rows, unit.changed = Rows(), flush.changed
@@ -526,7 +559,7 @@ class Keeper:
                 return
             unit = self.open_unit(session)
             unit.check(session)
-            unit.upload(flush.placements)
+            unit.upload(session, flush.placements)
         except BaseException:
             flush.unclaim()
             raise
@@ -607,7 +640,7 @@ class Keeper:
             logger.error("settling was given up; what it had not deleted is left alone")
 
     async def _clean_up(self, unit: Unit, verdicts: Collection[Verdict]) -> None:
-        await asyncio.gather(
+        found = await asyncio.gather(
             *(
                 clean_up(
                     verdict.settlement,
@@ -616,15 +649,24 @@ class Keeper:
                     attempts=verdict.attempts,
                     replaced_by=verdict.replaced_by,
                     background=self.background,
+                    writer=verdict.writer,
                 )
                 for verdict in verdicts
             )
         )
+        for outcome in found:
+            if outcome is not None and outcome is not Outcome.UNKNOWN:
+                unit.outcome = outcome
+                if self.unknown is not None:
+                    self.unknown.outcome = outcome
 
     def _start(self, unit: Unit, verdicts: Collection[Verdict]) -> None:
         """Do the same without waiting for it: an event of a pool, or no greenlet to wait in."""
         uris = [uri for each in verdicts for uri in each.settlement.compensate]
         uris += [uri for each in verdicts for uri in each.settlement.supersede]
+        uris += [
+            uri for each in verdicts if each.writer for uri in each.settlement.undecided_created
+        ]
         if not uris:
             return
         stores = {uri: store for each in verdicts for uri, store in each.stores.items()}

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from ._bulk import on_orm_execute
 from ._column import DEFAULT_STORE
 from ._connection import use_explicit_begin
+from ._journal import Journal
 from ._keeper import Keeper, keeper_of, listen
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
@@ -59,6 +60,7 @@ _UNTRACKED = (
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Settings:
     stores: Mapping[str, Store]
+    journal: Journal | None
     background: bool
     commit_seconds: float
 
@@ -70,6 +72,7 @@ def blob_sessionmaker(
     *,
     class_: type[S],
     stores: Mapping[str, Store] | None = ...,
+    journal: Journal | None = ...,
     background: bool = ...,
     commit_seconds: float = ...,
     **session_arguments: Any,
@@ -82,6 +85,7 @@ def blob_sessionmaker(
     store: Store | None = ...,
     *,
     stores: Mapping[str, Store] | None = ...,
+    journal: Journal | None = ...,
     background: bool = ...,
     commit_seconds: float = ...,
     **session_arguments: Any,
@@ -94,6 +98,7 @@ def blob_sessionmaker(
     *,
     class_: type[Any] = AsyncSession,
     stores: Mapping[str, Store] | None = None,
+    journal: Journal | None = None,
     background: bool = False,
     commit_seconds: float = 60,
     **session_arguments: Any,
@@ -118,6 +123,8 @@ def blob_sessionmaker(
         class_: a subclass of `AsyncSession`, such as SQLModel's.
         stores: more stores, by the names that columns say; in place of ``store``, with
             ``default`` among them, or beside it.
+        journal: every object is staged there before it can exist, and what rows let go is
+            deleted by its worker. Its stores are used if none are given.
         background: let the stores delete superseded objects after the commit has returned.
             They finish when they close.
         commit_seconds: how long COMMIT, and separately ROLLBACK, may take.
@@ -126,7 +133,9 @@ def blob_sessionmaker(
     Raises:
         InvalidInputError: no store at all, or something that is none.
     """
-    settings = _settings(store, stores, background=background, commit_seconds=commit_seconds)
+    settings = _settings(
+        store, stores, journal, background=background, commit_seconds=commit_seconds
+    )
     engines = [bind, *dict(session_arguments.get("binds") or {}).values()]
     for engine in engines:
         if isinstance(engine, AsyncEngine):
@@ -143,6 +152,7 @@ def track_blobs(
     store: Store | None = ...,
     *,
     stores: Mapping[str, Store] | None = ...,
+    journal: Journal | None = ...,
     background: bool = ...,
     commit_seconds: float = ...,
 ) -> type[S]: ...
@@ -154,6 +164,7 @@ def track_blobs(
     store: Store | None = ...,
     *,
     stores: Mapping[str, Store] | None = ...,
+    journal: Journal | None = ...,
     background: bool = ...,
     commit_seconds: float = ...,
 ) -> async_sessionmaker[S]: ...
@@ -165,6 +176,7 @@ def track_blobs(
     store: Store | None = ...,
     *,
     stores: Mapping[str, Store] | None = ...,
+    journal: Journal | None = ...,
     background: bool = ...,
     commit_seconds: float = ...,
 ) -> async_scoped_session[S]: ...
@@ -175,6 +187,7 @@ def track_blobs(
     store: Store | None = None,
     *,
     stores: Mapping[str, Store] | None = None,
+    journal: Journal | None = None,
     background: bool = False,
     commit_seconds: float = 60,
 ) -> Any:
@@ -187,7 +200,9 @@ def track_blobs(
     Raises:
         InvalidInputError: neither a class nor a factory of `AsyncSession`; or the stores.
     """
-    settings = _settings(store, stores, background=background, commit_seconds=commit_seconds)
+    settings = _settings(
+        store, stores, journal, background=background, commit_seconds=commit_seconds
+    )
     if isinstance(target, async_scoped_session):
         _equip_factory(target.session_factory, settings)
         return target
@@ -280,6 +295,7 @@ class _Uploading(AsyncSession):
             settings.stores,
             background=settings.background,
             commit_seconds=settings.commit_seconds,
+            journal=settings.journal,
         )
 
     async def commit(self) -> None:
@@ -422,7 +438,10 @@ async def _end_failed_commit(session: AsyncSession, error: BaseException) -> Non
         except Exception:  # the connection must not be used again
             await session.invalidate()
     unknown = keeper.unknown
-    if unknown is None or isinstance(error, CommitOutcomeUnknown):
+    if unknown is None:
+        return
+    if isinstance(error, CommitOutcomeUnknown):
+        error.outcome = unknown.outcome
         return
     if isinstance(error, asyncio.CancelledError):
         raise error from unknown
@@ -496,11 +515,16 @@ def _equip_factory(factory: Any, settings: _Settings) -> None:
 def _settings(
     store: Store | None,
     stores: Mapping[str, Store] | None,
+    journal: Journal | None,
     *,
     background: bool,
     commit_seconds: float,
 ) -> _Settings:
     named = dict(stores or {})
+    if journal is not None and not isinstance(journal, Journal):
+        raise InvalidInputError(f"journal is a Journal, not {journal!r}")
+    if journal is not None and store is None and not named:
+        named = dict(journal.stores)
     if store is not None:
         if DEFAULT_STORE in named:
             raise InvalidInputError("give the default store once: store, or stores['default']")
@@ -512,7 +536,7 @@ def _settings(
             raise InvalidInputError(f"store {name!r} is not a store: {each!r}")
     if commit_seconds <= 0:
         raise InvalidInputError("commit_seconds is positive")
-    return _Settings(named, background, commit_seconds)
+    return _Settings(named, journal, background, commit_seconds)
 
 
 def _plain(session: AsyncSession | async_scoped_session[AsyncSession]) -> AsyncSession:

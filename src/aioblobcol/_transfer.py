@@ -83,7 +83,7 @@ class _Stop:
 
 async def upload_all(store: Store, requests: Sequence[PutRequest]) -> list[Attempt]:
     """Upload all *requests*, whose bytes are there already, to one store; see `upload_each`."""
-    return await upload_each([_prepared(store, request) for request in requests])
+    return await upload_each([prepared(store, request) for request in requests])
 
 
 async def upload_each(uploads: Sequence[Upload]) -> list[Attempt]:
@@ -201,7 +201,9 @@ async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]
     return found
 
 
-def _prepared(store: Store, request: PutRequest) -> Upload:
+def prepared(store: Store, request: PutRequest) -> Upload:
+    """Return the upload of a request whose bytes are there already."""
+
     async def prepare() -> PutRequest:
         return request
 

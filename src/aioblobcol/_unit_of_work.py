@@ -9,6 +9,7 @@ raises, and never replaces the error that the user should see.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 from ._claims import ABORTED, Claims, probe
 from ._cleaning import clean_up
-from ._keeper import Unit
+from ._journal import Staging
+from ._keeper import Unit, keeper_of
 from ._ledger import Settlement
 from ._managed import managing_keeper
 from ._session import TransactionWatch, check_isolation, owner_of, watch
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
-from ._transfer import compensate
 from .aws_s3 import (
     DeleteS3Result,
     PutS3ApiCall,
@@ -31,6 +32,7 @@ from .aws_s3 import (
     PutS3Result,
     delete_s3,
     put_row,
+    undo,
 )
 from .errors import (
     BlobUploadError,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Session
 
+    from ._journal import Journal, JournalWriter
+    from ._transfer import Attempt, Upload
     from ._uri import PrimaryKey
 
 logger = logging.getLogger("aioblobcol.transaction")
@@ -61,6 +65,7 @@ def blob_transaction(
     session: AsyncSession | async_scoped_session[AsyncSession],
     *results: PutS3Result | DeleteS3Result,
     store: Store | None = None,
+    journal: Journal | None = None,
     background: bool = False,
     allow_unwritten: bool = False,
     commit_seconds: float = 60,
@@ -81,6 +86,8 @@ def blob_transaction(
         session: not inside ``begin()`` or a savepoint; savepoints inside the block are fine.
         results: of ``put_s3`` and ``delete_s3``, made before; the block owns them from now on.
         store: for the block's own ``put_s3`` and ``delete_s3``.
+        journal: stage every upload there before it can exist; what rows let go is deleted by its
+            worker. By default that of the session's factory, or of the results.
         background: let the store delete superseded objects after the block was left, so that
             the request does not wait for it. The store finishes them when it closes.
         allow_unwritten: commit although a new URI went into no row that could be seen, because
@@ -91,6 +98,7 @@ def blob_transaction(
     Raises:
         UnsafeTransactionError: on entering, or before the first byte: the transaction could not
             be judged afterwards. Results that were handed in stay the caller's.
+        InvalidInputError: a result was uploaded without the journal; the same.
         BlobNotWrittenError: on leaving: an upload went into no row, or a row that ``delete_s3``
             speaks of is not proved to be gone; rolled back and undone.
         BlobSharedError: on leaving: an UPDATE put one upload into several rows; the same.
@@ -101,6 +109,7 @@ def blob_transaction(
         session() if isinstance(session, async_scoped_session) else session,
         results,
         store=store,
+        journal=journal,
         background=background,
         allow_unwritten=allow_unwritten,
         commit_seconds=commit_seconds,
@@ -121,6 +130,7 @@ class BlobTransaction:
         results: Sequence[PutS3Result | DeleteS3Result],
         *,
         store: Store | None,
+        journal: Journal | None,
         background: bool,
         allow_unwritten: bool,
         commit_seconds: float,
@@ -134,6 +144,7 @@ class BlobTransaction:
         self._claims: Claims | None = None
         self._unit: Unit | None = None
         self._store = store
+        self._journal = journal
         self._background = background
         self._allow_unwritten = allow_unwritten
         self._commit_seconds = commit_seconds
@@ -147,7 +158,11 @@ class BlobTransaction:
         if owner_of(self._session) is not None:
             await self._join()
             return self
-        claims = Claims(self._session.sync_session, allow_unwritten=self._allow_unwritten)
+        claims = Claims(
+            self._session.sync_session,
+            allow_unwritten=self._allow_unwritten,
+            writer=self._writer(),
+        )
         claims.take(self._results)
         try:
             claims.watch = watch(self._session, claims.ledger)
@@ -161,6 +176,14 @@ class BlobTransaction:
             raise
         self._claims = claims
         return self
+
+    def _writer(self) -> JournalWriter | None:
+        session = self._session.sync_session
+        keeper = keeper_of(session)
+        journal = self._journal or (keeper.journal if keeper is not None else None)
+        if journal is None:
+            return None
+        return journal.writer(session.get_bind(clause=journal.table).engine)
 
     async def _join(self) -> None:
         """Leave commit and settlement to whoever has begun the session's transaction."""
@@ -213,11 +236,13 @@ class BlobTransaction:
                 update_at=update_at,
                 is_pk_url_safe=is_pk_url_safe,
                 skip_unchanged=skip_unchanged,
+                writer=claims.writer,
+                upload=functools.partial(self._upload, claims.writer),
                 on_attempt=record,
             )
         except BlobUploadError as exc:
             for uri in recorded:
-                if uri in exc.not_deleted:
+                if uri in exc.not_deleted or claims.writer is not None:
                     claims.ledger.give_up(uri)
                 else:
                     claims.ledger.forget(uri)
@@ -230,10 +255,19 @@ class BlobTransaction:
         for attempt in result._attempts:
             claims.attempts[attempt.uri] = attempt
         if self._is_left or self.outcome is not None:  # a task of its own nobody waited for
-            await compensate(result._attempts)
+            await undo(result)
             result._life.settled = "its block was left before it was uploaded"
             raise ResultSpentError("the blob_transaction() was left while put_s3() was running")
         return result
+
+    async def _upload(
+        self, writer: JournalWriter | None, uploads: Sequence[Upload]
+    ) -> list[Attempt]:
+        staging = Staging(writer)
+        if writer is not None:
+            uris = [upload.uri for upload in uploads]
+            await self._session.run_sync(staging.begin, uris)
+        return await staging.upload(uploads)
 
     def delete_s3(
         self, s3_uris: Sequence[str | None], *, store: Store | None = None
@@ -317,8 +351,10 @@ class BlobTransaction:
             self._unknown = CommitOutcomeUnknown(
                 settlement.undecided_created, settlement.undecided_superseded
             )
-            logger.error("%s", self._unknown)
         await self._clean_up(claims, settlement)
+        if self._unknown is not None:
+            self._unknown.outcome = self._outcome or Outcome.UNKNOWN
+            logger.error("%s", self._unknown)
 
     async def _end_transaction(self, watched: TransactionWatch) -> None:
         """Leave the session without a transaction, and the ledger with a verdict."""
@@ -360,14 +396,16 @@ class BlobTransaction:
         """Delete both sides that may go, all stores at once."""
         if self._outcome is Outcome.COMMITTED:
             self.report = DeleteReport(kept=dict.fromkeys(settlement.kept, NOT_PROVED))
-        await clean_up(
+        found = await clean_up(
             settlement,
             to=self,
             stores=claims.stores,
             attempts=claims.attempts,
             replaced_by=claims.replaced_by,
             background=self._background,
+            writer=claims.writer,
         )
+        self._outcome = found or self._outcome
 
     def _raise(
         self,

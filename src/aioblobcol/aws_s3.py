@@ -16,17 +16,19 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, Table, and_, true
 
+from ._journal import LEFT_TO_WORKER, Journal, JournalWriter, Staging
 from ._sources import BlobSource, Payload, check_source, read_payloads
 from ._store._base import DeleteReport, ObjectInfo, PutRequest, Store, owned_uris
 from ._store._metadata import encode_metadata
 from ._store._s3 import S3Store, drain
-from ._transfer import Attempt, compensate, delete_all, head_all, upload_all
+from ._tasks import run_to_end
+from ._transfer import Attempt, Upload, compensate, delete_all, head_all, prepared
 from ._uri import (
     PrimaryKey,
     UploadedUri,
@@ -172,6 +174,7 @@ class PutS3Result:
     _store: Store = dataclasses.field(repr=False, compare=False)
     _attempts: tuple[Attempt, ...] = dataclasses.field(repr=False, compare=False)
     _life: _Life = dataclasses.field(repr=False, compare=False)
+    _writer: JournalWriter | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def changed(self) -> bool:
@@ -215,10 +218,12 @@ class PutS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was not written")
-        return await compensate(self._attempts)
+        return await undo(self)
 
     async def clean_up_old_s3_object_when_update_row_succeeded(self) -> DeleteReport:
         """Delete the replaced objects, because the transaction was certainly committed.
+
+        With a journal nothing is deleted here: they are its worker's, after the retention.
 
         Safe to call again to repeat what failed. Never raises for storage trouble, and never
         touches the new objects.
@@ -228,6 +233,9 @@ class PutS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was written")
+        if self._writer is not None:
+            replaced = [each.old_s3_uri for each in self._executed() if each.old_s3_uri]
+            return DeleteReport(kept=dict.fromkeys(replaced, LEFT_TO_WORKER))
         kept: dict[str, str] = {}
         old: list[str] = []
         for result, attempt in zip(self._executed(), self._attempts, strict=True):
@@ -287,6 +295,7 @@ async def put_s3(
     *,
     store: Store | None = None,
     skip_unchanged: bool = False,
+    journal: Journal | None = None,
 ) -> PutS3Result:
     """Upload the binary columns of one row, all at once, one PUT each.
 
@@ -304,6 +313,8 @@ async def put_s3(
         store: in place of client, bucket and prefix; see `aioblobcol.open_store`.
         skip_unchanged: compare length and SHA-256 with the old object's (one HEAD) and leave
             equal columns alone. For updates guarded with ``WHERE column = old URI`` only.
+        journal: stage the objects there before they can exist; it needs an ``engine`` of its own.
+            The columns have to be among its ``uri_columns``.
 
     Returns:
         The result to write, commit and settle; or let `aioblobcol.blob_transaction` do it.
@@ -314,6 +325,7 @@ async def put_s3(
         BlobUploadError: with column, URI and cause; nothing was kept.
         asyncio.CancelledError: nothing was kept.
     """
+    writer = None if journal is None else journal.writer()
     return await put_row(
         store=_chosen_store(store, s3_client, bucket, prefix),
         api_calls=api_calls,
@@ -321,7 +333,39 @@ async def put_s3(
         update_at=update_at,
         is_pk_url_safe=is_pk_url_safe,
         skip_unchanged=skip_unchanged,
+        writer=writer,
+        upload=functools.partial(_upload_alone, writer),
     )
+
+
+async def undo(result: PutS3Result) -> DeleteReport:
+    """Delete what a result has made; see `compensate`."""
+    if result._writer is None:
+        return await compensate(result._attempts)
+    return await _settle_attempts(result._writer, result._attempts)
+
+
+async def _settle_attempts(writer: JournalWriter, attempts: Sequence[Attempt]) -> DeleteReport:
+    """Condemn and delete what *attempts* have made, although the caller is cancelled meanwhile."""
+    unneeded = {attempt.uri: attempt.store for attempt in attempts}
+    late = [attempt.uri for attempt in attempts if attempt.may_land_late]
+    seconds = max((store.request_seconds for store in unneeded.values()), default=60.0)
+    return await run_to_end(writer.settle(unneeded, unanswered=late), seconds=60 + 2 * seconds)
+
+
+async def _upload_alone(writer: JournalWriter | None, uploads: Sequence[Upload]) -> list[Attempt]:
+    """Upload outside of any session; what was staged for nothing is condemned."""
+    staging = Staging(writer)
+    staging.begin(None, [upload.uri for upload in uploads])
+    try:
+        return await staging.upload(uploads)
+    except BaseException:
+        if writer is not None and staging.is_begun:
+            attempts = [
+                Attempt(each.store, each.column, each.uri, may_land_late=True) for each in uploads
+            ]
+            await _settle_attempts(writer, attempts)
+        raise
 
 
 async def put_row(
@@ -332,14 +376,18 @@ async def put_row(
     update_at: datetime | None,
     is_pk_url_safe: bool,
     skip_unchanged: bool,
+    writer: JournalWriter | None,
+    upload: Callable[[Sequence[Upload]], Awaitable[list[Attempt]]],
     on_attempt: OnAttempt | None = None,
 ) -> PutS3Result:
-    """Do what `put_s3` does, and tell *on_attempt* every URI before its upload starts."""
+    """Do what `put_s3` does with *upload*; *on_attempt* hears of every URI before that."""
     if pk is None:
         raise InvalidInputError("put_s3() needs the row's primary key: pk=...")
     encoded_pk = encode_pk(pk, is_pk_url_safe)
     metadata = {"update_at": _aware(update_at).isoformat()}
     _check_calls(api_calls)
+    if writer is not None:
+        writer.journal.check_names(call.column for call in api_calls)
     store.runtime  # noqa: B018 - raises when closed, before files are read
     payloads = await read_payloads([(call.column, call.binary) for call in api_calls])
     planned = [
@@ -362,9 +410,11 @@ async def put_row(
         results.append(PutS3BackedColumnResult(call.column, call.old_s3_uri, uri, executed))
     if on_attempt is not None:
         on_attempt([result for result in results if result.executed])
-    attempts = await upload_all(store, requests)
-    life = _Life([request.uri for request in requests], must_be_settled=True)
-    return PutS3Result(tuple(results), store, tuple(attempts), life)
+    attempts = await upload([prepared(store, request) for request in requests])
+    life = _Life(
+        [request.uri for request in requests], must_be_settled=writer is None
+    )  # or the journal's worker removes what is left
+    return PutS3Result(tuple(results), store, tuple(attempts), life, writer)
 
 
 async def put_s3backed_column(

@@ -262,20 +262,32 @@ class BlobSharedError(TransactionError):
 class CommitOutcomeUnknown(TransactionError):  # noqa: N818 - the name is a fact about the commit, and public
     """COMMIT was sent and no usable answer came: the row may be committed or not.
 
-    Nothing was deleted. One of the two sets of objects is named by the row, the other one is
-    an orphan: read the row again once the database answers.
+    Unless a journal knew more, nothing was deleted. One of the two sets of objects is named by
+    the row, the other one is an orphan: read the row again once the database answers.
 
     Attributes:
         created: the objects that the row names if the transaction was committed.
         superseded: the objects that it names if the transaction was rolled back.
-        outcome: `Outcome.UNKNOWN`, until something durable can tell more.
     """
 
-    outcome = Outcome.UNKNOWN
-
-    def __init__(self, created: Collection[str], superseded: Collection[str]) -> None:
-        super().__init__(tuple(created), tuple(superseded))
+    def __init__(
+        self,
+        created: Collection[str],
+        superseded: Collection[str],
+        outcome: Outcome = Outcome.UNKNOWN,
+    ) -> None:
+        super().__init__(tuple(created), tuple(superseded), outcome)
         self.created, self.superseded = tuple(created), tuple(superseded)
+
+    @property
+    def outcome(self) -> Outcome:
+        """`Outcome.UNKNOWN`, or what the journal could say afterwards."""
+        outcome: Outcome = self.args[2]
+        return outcome
+
+    @outcome.setter
+    def outcome(self, outcome: Outcome) -> None:
+        self.args = (self.created, self.superseded, outcome)  # so that it pickles
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -283,6 +295,17 @@ class CommitOutcomeUnknown(TransactionError):  # noqa: N818 - the name is a fact
         return (*self.created, *self.superseded)
 
     def __str__(self) -> str:
+        if self.outcome is Outcome.COMMITTED:
+            return (
+                "the answer to COMMIT was lost, but the journal shows that it was committed: the "
+                f"row names {_listed(self.created) or 'none'}, and need not be written again"
+            )
+        if self.outcome is Outcome.ROLLED_BACK:
+            return (
+                "the answer to COMMIT was lost, and the journal shows that it was rolled back: "
+                "nothing was written, and it may be tried again. The new objects were deleted: "
+                f"{_listed(self.created) or 'none'}"
+            )
         return (
             "the answer to COMMIT was lost, so nothing was deleted. Read the row again: if it was "
             f"committed it names {_listed(self.created) or 'none'} (new), "

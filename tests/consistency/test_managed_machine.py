@@ -36,7 +36,7 @@ def run_programs(make_world: Callable[[], World], *, examples: int) -> None:
             suppress_health_check=[HealthCheck.too_slow],
             print_blob=True,
         )
-        @given(program=programs())
+        @given(program=programs(with_raw=world.is_journaled))
         def run(program: Program) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SAWarning)
@@ -60,6 +60,20 @@ class TestManagedMachine:
         """Whatever a program does on PostgreSQL, both stores agree afterwards."""
         run_programs(lambda: World(PostgresDatabase(postgres_url), MemoryStore()), examples=150)
 
+    def test_with_a_journal_on_sqlite(self, tmp_path: Path) -> None:
+        """With a journal nothing is left at all, whatever failed and whoever wrote the rows."""
+        run_programs(
+            lambda: World(SqliteFile(tmp_path / "test.db"), MemoryStore(), is_journaled=True),
+            examples=200,
+        )
+
+    def test_with_a_journal_on_postgresql(self, postgres_url: str) -> None:
+        """The same on PostgreSQL, with TRUNCATE."""
+        run_programs(
+            lambda: World(PostgresDatabase(postgres_url), MemoryStore(), is_journaled=True),
+            examples=150,
+        )
+
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
@@ -68,6 +82,19 @@ class TestManyPrograms:
         """No program of 20,000 makes the stores disagree."""
         run_programs(
             lambda: World(SqliteFile(tmp_path / "test.db"), MemoryStore()), examples=20_000
+        )
+
+    def test_10_000_with_a_journal_on_sqlite(self, tmp_path: Path) -> None:
+        """Nor does one of 10,000 with a journal, and none leaves anything."""
+        run_programs(
+            lambda: World(SqliteFile(tmp_path / "test.db"), MemoryStore(), is_journaled=True),
+            examples=10_000,
+        )
+
+    def test_3_000_with_a_journal_on_postgresql(self, postgres_url: str) -> None:
+        run_programs(
+            lambda: World(PostgresDatabase(postgres_url), MemoryStore(), is_journaled=True),
+            examples=3_000,
         )
 
     def test_1_000_on_an_s3_server(self, tmp_path: Path, s3: S3Server) -> None:

@@ -24,6 +24,7 @@ import sqlite3
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,12 +42,14 @@ from aioblobcol import (
     Blob,
     CommitOutcomeUnknown,
     DeleteReport,
+    Journal,
     S3Store,
     StoreError,
     blob_sessionmaker,
     upload_blobs,
 )
 from aioblobcol._tasks import run_to_end
+from aioblobcol._worker import Worker
 from aioblobcol.errors import BlobNotFoundError, BlobSharedError, StoreUnavailableError
 from aioblobcol.testing import MemoryStore, StoredObject
 
@@ -150,6 +153,14 @@ class BulkDelete:
 
 
 @dataclasses.dataclass(frozen=True)
+class Raw:
+    """SQL in the session's transaction of which it knows nothing: the triggers have to see it."""
+
+    what: Literal["delete", "empty", "exchange", "truncate"]
+    row: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Fault:
     """The n-th such request from here on fails, or its answer is lost, or it lands later."""
 
@@ -190,8 +201,8 @@ class Program:
     expires: bool = False
 
 
-def programs(*, longest: int = 14) -> st.SearchStrategy[Program]:
-    """Draw programs."""
+def programs(*, longest: int = 14, with_raw: bool = False) -> st.SearchStrategy[Program]:
+    """Draw programs; with raw SQL, only where there is a journal."""
     cells, rows = st.sampled_from(CELLS), st.sampled_from(ROWS)
     assign = st.builds(Assign, cells, st.sampled_from(["new", "new", "none", "used before"]))
     on_row = st.builds(
@@ -247,8 +258,10 @@ def programs(*, longest: int = 14) -> st.SearchStrategy[Program]:
             ).map(tuple),
         ),
     )
+    raw = [st.builds(Raw, st.sampled_from(["delete", "empty", "exchange", "truncate"]), rows)]
     step = st.one_of(
-        change, change, change, bulk, control, control, st.builds(Read, cells), trouble
+        *(change, change, change, bulk, control, control, st.builds(Read, cells), trouble),
+        *(raw if with_raw else ()),
     )
     return st.builds(
         Program,
@@ -279,6 +292,9 @@ class SqliteFile:
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute("PRAGMA busy_timeout=50")
             cursor.close()
+
+    long_ago = "datetime('now', '-9 days')"
+    truncate = "DELETE FROM {table}"
 
     def engine_arguments(self) -> dict[str, Any]:
         return {}
@@ -319,6 +335,9 @@ class PostgresDatabase:
 
     def prepare(self, engine: AsyncEngine) -> None:
         """Nothing to do."""
+
+    long_ago = "now() - interval '9 days'"
+    truncate = "TRUNCATE {table}"
 
     def engine_arguments(self) -> dict[str, Any]:
         settings = {"lock_timeout": "300", "synchronous_commit": "off"}
@@ -406,9 +425,14 @@ class World:
     """
 
     def __init__(
-        self, database: SqliteFile | PostgresDatabase, store: MemoryStore | S3Store
+        self,
+        database: SqliteFile | PostgresDatabase,
+        store: MemoryStore | S3Store,
+        *,
+        is_journaled: bool = False,
     ) -> None:
-        self.database, self.store = database, store
+        self.database, self.store, self.is_journaled = database, store, is_journaled
+        self.journal: Journal | None = None
         self.committed: State = {}
         self.sent: dict[str, bytes] = {}
         self.blobs: dict[int, tuple[Blob, bytes]] = {}
@@ -434,8 +458,14 @@ class World:
         self.engine = create_async_engine(self.database.url, **self.database.engine_arguments())
         self.database.prepare(self.engine)
         self._lose_answers()
+        if self.is_journaled:
+            self.journal = _install_journal(self.store)
         self.sessions = blob_sessionmaker(
-            self.engine, self.store, sync_session_class=Watched, commit_seconds=10
+            self.engine,
+            self.store,
+            journal=self.journal,
+            sync_session_class=Watched,
+            commit_seconds=10,
         )
         handler = _Unknown(self)
         for name in ("aioblobcol.session", "aioblobcol.cleanup", "aioblobcol.transaction"):
@@ -446,10 +476,13 @@ class World:
                 await connection.run_sync(Base.metadata.create_all)
             yield self
         finally:
+            self.main = self.lose_commit = None  # of the last program
             gc.unfreeze()
             gc.collect()
             async with self.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.drop_all)
+            if self.journal is not None:
+                _remove_journal(self.journal)
             for name in ("aioblobcol.session", "aioblobcol.cleanup", "aioblobcol.transaction"):
                 logging.getLogger(name).removeHandler(handler)
             await self.engine.dispose()
@@ -563,7 +596,7 @@ class World:
                     uris[row, column] = uri
                     self.sent[uri] = body
         await self._put_seed(uris)
-        await self.database.write(_seed_script(uris))
+        await self.database.write(_seed_script(uris, is_journaled=self.is_journaled))
 
     async def _put_seed(self, uris: dict[Cell, str]) -> None:
         if isinstance(self.store, MemoryStore):
@@ -607,9 +640,28 @@ class World:
                 self.note_error(exc)
                 traceback.clear_frames(exc.__traceback__)
             await self.land_late()
+            if self.journal is not None:
+                await self._let_worker_work(self.journal)
         self.main = None
         await asyncio.sleep(0)
         await self.verify()
+
+    async def _let_worker_work(self, journal: Journal) -> None:
+        """Let days pass: whatever the journal lists is due, and no request is refused any more."""
+        self.faults.clear()
+        self.refused.clear()
+        gc.collect()
+        worker = Worker(journal, self.engine, quarantine=timedelta(0))
+        long_ago = self.database.long_ago
+        self.main = self.lose_commit = None
+        async with self.engine.begin() as connection:
+            past = f"UPDATE {journal.table.name} SET since = {long_ago}, not_before = {long_ago}"  # noqa: S608
+            await connection.exec_driver_sql(past)
+        await worker.drain()
+        async with self.engine.connect() as connection:
+            left = (await connection.execute(sa.select(journal.table))).all()
+        if left:
+            raise AssertionError(f"the journal lists what is done with: {left}")
 
     async def land_late(self) -> None:
         for send, request in self.late:
@@ -722,7 +774,8 @@ class World:
                 present = {uri async for uri in self.store.iter_uris()}
         if self.unknown and not self.was_lost:
             raise AssertionError(f"no answer was lost, and yet unknown: {self.unknown}")
-        orphans = present - set(uris.values()) - self.refused - self.unknown
+        unknown = set() if self.is_journaled else self.unknown
+        orphans = present - set(uris.values()) - self.refused - unknown
         if orphans:
             raise AssertionError(f"LEAK: {[(uri, self.sent.get(uri)) for uri in orphans]}")
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -744,11 +797,36 @@ def _difference(found: State, expected: State) -> dict[str, Any]:
     }
 
 
-def _seed_script(uris: dict[Cell, str]) -> list[tuple[str, tuple[Any, ...]]]:
+def _install_journal(store: Any) -> Journal:
+    for constraint in _foreign_keys():
+        constraint.ondelete = "CASCADE"
+    return Journal(Base.metadata, store, retention=timedelta(0))
+
+
+def _remove_journal(journal: Journal) -> None:
+    """Give the metadata back, which other tests use without one."""
+    for constraint in _foreign_keys():
+        constraint.ondelete = None
+    event.remove(Base.metadata, "after_create", journal._after_create)
+    event.remove(Base.metadata, "before_drop", journal._before_drop)
+    Base.metadata.remove(journal.table)
+    Base.metadata.info.clear()
+
+
+def _foreign_keys() -> list[Any]:
+    tables = [Base.metadata.tables[name] for name in ("reports", "pages")]
+    return [each for table in tables for each in table.foreign_key_constraints]
+
+
+def _seed_script(uris: dict[Cell, str], *, is_journaled: bool) -> list[tuple[str, tuple[Any, ...]]]:
     script: list[tuple[str, tuple[Any, ...]]] = [
         (f"DELETE FROM {table}", ())  # noqa: S608 - our own names
         for table in ("pages", "reports", "docs")
     ]
+    if is_journaled:
+        script.append(("DELETE FROM aioblobcol_journal", ()))
+        stage = "INSERT INTO aioblobcol_journal (uri, state) VALUES (?, 'staged')"
+        script += [(stage, (uri,)) for uri in uris.values()]
     for row in SEED:
         if "/" in row:
             key, _, number = row.partition("/")
@@ -853,10 +931,17 @@ class Actor:
         added = {row for what, row, _ in planned if what == "add"}
         for what, row, columns in planned:
             if what == "delete" and row not in added:
-                self.rows.pop(row, None)
+                self._drop(row)
             elif what == "add" or columns:
                 self.rows.setdefault(row, dict.fromkeys(COLUMNS_OF[class_of(row)]))
                 self.rows[row].update(columns)
+
+    def _drop(self, row: str) -> None:
+        """The row is gone and, where the foreign keys say so, its pages are."""
+        self.rows.pop(row, None)
+        if self.world.is_journaled:
+            for page in [each for each in self.rows if each.startswith(f"{row}/")]:
+                self.rows.pop(page)
 
     # --- steps
 
@@ -904,6 +989,8 @@ class Actor:
             await self._bulk_insert(step.rows)
         elif isinstance(step, BulkDelete):
             await self._bulk_delete(step.row)
+        elif isinstance(step, Raw):
+            await self._raw(step.what, step.row)
         elif isinstance(step, Fault):
             self.world.faults.append([step.operation, step.how, step.nth])
         elif isinstance(step, LoseCommit):
@@ -1134,6 +1221,29 @@ class Actor:
                 self.rows.pop(page)
             await self.session.execute(sa.delete(Doc).where(Doc.key == row))
             self.rows.pop(row, None)
+
+    async def _raw(self, what: str, row: str) -> None:
+        self.has_written = True
+        key, _, number = row.partition("/")
+        where = f"key = '{key}'" if not number else f"doc_key = '{key}' AND number = {number}"
+        table, column = ("pages", "scan") if number else ("docs", "body")
+        if what == "delete":
+            await self.session.execute(sa.text(f"DELETE FROM {table} WHERE {where}"))  # noqa: S608
+            self._drop(row)
+        elif what == "empty":
+            update = f"UPDATE {table} SET {column} = NULL WHERE {where}"  # noqa: S608
+            await self.session.execute(sa.text(update))
+            self._bulk_updated({row: {column: None}})
+        elif what == "exchange" and not number:
+            update = f"UPDATE docs SET body = draft, draft = body WHERE {where}"  # noqa: S608
+            await self.session.execute(sa.text(update))
+            old = self.rows.get(row, {"body": None, "draft": None})
+            self._bulk_updated({row: {"body": old["draft"], "draft": old["body"]}})
+        elif what == "truncate":
+            empty = self.world.database.truncate.format(table="pages")
+            await self.session.execute(sa.text(empty))
+            for page in [each for each in self.rows if "/" in each]:
+                self.rows.pop(page)
 
     async def _let_other(self, steps: Sequence[Any]) -> None:
         """Have a second session do something, unless it would wait for this one."""

@@ -9,19 +9,24 @@ from typing import Literal
 
 from sqlalchemy.engine import make_url
 
-CutMode = Literal["pass", "before_server", "after_server", "hold_reply"]
+CutMode = Literal["pass", "before_server", "in_server", "after_server", "hold_reply"]
 
 
 class PostgresProxy:
     """Passes bytes on, until ``mode`` says what to do with the next COMMIT.
 
-    ``before_server``: the wire is cut in place of sending it. ``after_server``: it is sent,
-    PostgreSQL answers, and the answer is lost. ``hold_reply``: the answer waits for ``release``.
+    ``before_server``: the wire is cut in place of sending it. ``in_server``: it is sent, and the
+    client's wire is cut at once. ``after_server``: it is sent, PostgreSQL answers, and the answer
+    is lost. ``hold_reply``: the answer waits for ``release``.
+
+    Attributes:
+        is_once: the mode is ``pass`` again after a cut.
     """
 
     def __init__(self, url: str) -> None:
         self._target = make_url(url)
         self.mode: CutMode = "pass"
+        self.is_once = False
         self.commit_arrived = asyncio.Event()
         self.release = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -51,6 +56,8 @@ class PostgresProxy:
         is_held = False
 
         def cut() -> None:
+            if self.is_once:
+                self.mode = "pass"
             for each in (writer, up_writer):
                 each.transport.abort()
 
@@ -65,6 +72,12 @@ class PostgresProxy:
                     is_held = True
                 up_writer.write(data)
                 await up_writer.drain()
+                if is_held and self.mode == "in_server":
+                    self.mode = "pass"
+                    self.commit_arrived.set()
+                    writer.transport.abort()
+                    await self.release.wait()
+                    return
             up_writer.close()
 
         async def to_client() -> None:

@@ -66,6 +66,22 @@ class Condemned:
     needs_second_delete: bool
 
 
+@dataclasses.dataclass(slots=True)
+class Unneeded:
+    """What became of new objects whose transaction is over.
+
+    Attributes:
+        condemned: to be deleted.
+        were_staged: among them, those that no row has adopted: the transaction was rolled back,
+            or did not write them.
+        were_adopted: named by a row, or were, and let go.
+    """
+
+    condemned: list[str] = dataclasses.field(default_factory=list)
+    were_staged: list[str] = dataclasses.field(default_factory=list)
+    were_adopted: list[str] = dataclasses.field(default_factory=list)
+
+
 class Entries:
     """The journal's entries in one kind of database."""
 
@@ -106,8 +122,7 @@ class Entries:
             lease: when another worker may take them over.
         """
         table = self._table
-        if self._is_sqlite:  # take its one lock for writing, and wait for it
-            await connection.execute(delete(table).where(false()))
+        await self._lock_for_writing(connection)
         now = self._after(timedelta(0))
         is_due = or_(
             and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
@@ -144,6 +159,71 @@ class Entries:
                 .values(claim=claim, not_before=self._after(lease))
             )
         return [Condemned(e.uri, e.attempts, e.owner is None) for e in mine]
+
+    async def condemn_unneeded(
+        self,
+        connection: AsyncConnection,
+        uris: Sequence[str],
+        *,
+        claim: str,
+        claimed_for: timedelta,
+        is_doubtful: bool,
+    ) -> Unneeded:
+        """Claim new objects whose transaction is over and that no row names.
+
+        What is staged is claimed. What is not listed was adopted, or was staged in a transaction
+        that was undone: it is entered first, so that nobody can adopt it any more, and then the
+        rows are asked. What is retired or condemned is somebody else's.
+
+        Args:
+            connection: in a READ COMMITTED transaction.
+            uris: new objects of one transaction.
+            claim: whose they are from now on.
+            claimed_for: when a worker may take them over.
+            is_doubtful: nobody knows how the transaction ended: wait until it has, and ask the
+                rows of all of them.
+        """
+        await self._lock_for_writing(connection)
+        whole = Unneeded()
+        for some in _batched(uris):
+            entered = await self._enter(connection, some)
+            listed = await self._listed_states(connection, some, skip_locked=not is_doubtful)
+            staged = [uri for uri in some if listed.get(uri) == "staged"]
+            asked = [*entered, *staged] if is_doubtful else entered
+            named = await self._named_by_rows(connection, asked)
+            await self._remove(connection, named)
+            whole.condemned += [uri for uri in (*entered, *staged) if uri not in named]
+            whole.were_staged += [uri for uri in staged if uri not in named]
+            whole.were_adopted += [*named, *(uri for uri in some if listed.get(uri) == "retired")]
+        for some in _batched(whole.condemned):
+            await connection.execute(
+                update(self._table)
+                .where(self._table.c.uri.in_(some))
+                .values(
+                    state="deleting",
+                    since=self._after(timedelta(0)),
+                    claim=claim,
+                    not_before=self._after(claimed_for),
+                )
+            )
+        return whole
+
+    async def _enter(self, connection: AsyncConnection, uris: Sequence[str]) -> list[str]:
+        """Condemn those that are not listed, and return them; of others, nobody is waited for."""
+        new = [{"uri": uri, "state": "deleting"} for uri in uris]
+        inserted = self._insert_new().values(new).returning(self._table.c.uri)
+        return list((await connection.execute(inserted)).scalars())
+
+    async def _listed_states(
+        self, connection: AsyncConnection, uris: Sequence[str], *, skip_locked: bool
+    ) -> dict[str, str]:
+        """Lock the entries of *uris* and return their states."""
+        found = await connection.execute(
+            select(self._table.c.uri, self._table.c.state)
+            .where(self._table.c.uri.in_(uris))
+            .with_for_update(skip_locked=skip_locked)
+        )
+        return {uri: state for uri, state in found}  # noqa: C416 - rows are no pairs for mypy
 
     async def forget(
         self,
@@ -212,6 +292,11 @@ class Entries:
                 (await connection.execute(select(column).where(column.in_(some)))).scalars()
             )
         return found
+
+    async def _lock_for_writing(self, connection: AsyncConnection) -> None:
+        """Take SQLite's one lock for writing, and wait for it."""
+        if self._is_sqlite:
+            await connection.execute(delete(self._table).where(false()))
 
     def _insert_new(self) -> Any:
         """Return an INSERT that leaves alone what is listed already."""

@@ -9,6 +9,7 @@ and printed with them; everything that is printed may be run again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,13 +31,15 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from .._store._base import Store, named_stores
 from .._uri import root_uri
-from ..errors import InvalidInputError
+from ..errors import InvalidColumnError, InvalidInputError
 from ._columns import JournaledTable, column_of, tables_with_uris
 from ._postgresql import PostgresqlTriggers
 from ._sqlite import SqliteTriggers
+from ._writer import JournalWriter
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.engine import Connection, Dialect, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 TABLE_NAME = "aioblobcol_journal"
 INFO_KEY = "aioblobcol.journal"
@@ -81,6 +84,7 @@ class Journal:
         *,
         table_name: str = TABLE_NAME,
         schema: str | None = None,
+        engine: AsyncEngine | None = None,
         uri_columns: Iterable[Any] = (),
         lease: timedelta = timedelta(hours=1),
         retention: timedelta = timedelta(minutes=10),
@@ -93,6 +97,8 @@ class Journal:
             stores: one, or several by name. What lies outside of their buckets and prefixes, and
                 keys without an id of their own, are foreign: nobody adopts, retires or deletes
                 them.
+            engine: of its database, for `put_s3` outside of any session. Its connections are not
+                used, its connection factory is.
             table_name: of the journal.
             schema: of the journal; by default that of *metadata*.
             uri_columns: columns of strings with URIs, of the explicit strength; managed columns
@@ -114,6 +120,11 @@ class Journal:
         self.lease = lease
         self.retention = retention
         self._strict = strict
+        self._engine = engine
+        self._known_columns: tuple[int, frozenset[Column[Any]]] | None = None
+        self._writers: weakref.WeakKeyDictionary[Dialect, JournalWriter] = (
+            weakref.WeakKeyDictionary()
+        )
         self._uri_columns = [column_of(column) for column in uri_columns]
         self._metadata = metadata
         metadata.info[INFO_KEY] = self
@@ -143,6 +154,60 @@ class Journal:
             if not journaled.table.primary_key.columns:
                 raise InvalidInputError(f"{journaled.table}: a table with URIs needs a primary key")
         return found
+
+    def check_column(self, column: Column[Any]) -> None:
+        """Refuse a column whose rows the journal would not see.
+
+        Raises:
+            InvalidInputError: its table is in another `MetaData`.
+        """
+        if column not in self._columns:
+            raise InvalidInputError(
+                f"{column} is in none of the journal's tables, so that no row of it would adopt an "
+                "object: the Journal belongs to the MetaData of the mapped classes"
+            )
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse uploads for columns that the journal would not see; only their names are known.
+
+        Raises:
+            InvalidColumnError: there is none of such a name.
+        """
+        own = {name for column in self._columns for name in (column.name, column.key)}
+        for name in names:
+            if name not in own:
+                known = ", ".join(sorted(map(str, self._columns))) or "none"
+                raise InvalidColumnError(
+                    f"{name!r} is none of the journal's columns ({known}): name it in "
+                    "Journal(..., uri_columns=[Task.html, ...]), or no row would adopt its object"
+                )
+
+    @property
+    def _columns(self) -> frozenset[Column[Any]]:
+        count = len(self._metadata.tables)
+        if self._known_columns is None or self._known_columns[0] != count:
+            columns = (each.column for table in self.journaled_tables for each in table.columns)
+            self._known_columns = count, frozenset(columns)
+        return self._known_columns[1]
+
+    def writer(self, engine: Engine | None = None) -> JournalWriter:
+        """Return what stages and settles in the database of an engine.
+
+        Raises:
+            InvalidInputError: without *engine*, and the journal has none.
+        """
+        if engine is None:
+            if self._engine is None:
+                raise InvalidInputError(
+                    "which database? Journal(metadata, stores, engine=engine), or upload inside "
+                    "of blob_transaction(session, journal=journal)"
+                )
+            engine = self._engine.sync_engine
+        writer = self._writers.get(engine.dialect)
+        if writer is None:
+            self.triggers(engine.dialect)  # or there is no journal on it
+            writer = self._writers[engine.dialect] = JournalWriter(self, engine)
+        return writer
 
     def triggers(self, dialect: Dialect) -> Triggers:
         """Return what writes the SQL of a dialect.

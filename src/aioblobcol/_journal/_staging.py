@@ -1,0 +1,66 @@
+"""Uploads that are written down first: one act of a session, or of a `put_s3` without one.
+
+Invariants: nothing is sent to a store before its entry is staged; without a journal this is
+`upload_each` and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._transfer import upload_each
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.orm import Session
+
+    from .._transfer import Attempt, Upload
+    from ._writer import JournalWriter
+
+
+class Staging:
+    """One act: `begin` it, in a greenlet if there is a session, then `upload`.
+
+    Attributes:
+        is_begun: the journal may list the objects, whatever happened since.
+    """
+
+    def __init__(self, writer: JournalWriter | None) -> None:
+        self.is_begun = False
+        self._writer = writer
+        self._is_staged = writer is None
+
+    def begin(self, session: Session | None, uris: Sequence[str]) -> None:
+        """Refuse what no row could adopt; stage what has to go through the session.
+
+        Raises:
+            InvalidInputError: in none of the journal's stores.
+            UnsafeTransactionError: the transaction could not see what is staged from now on.
+        """
+        writer = self._writer
+        if writer is None or not uris:
+            return
+        writer.check_uris(uris)
+        if session is None:
+            return
+        writer.check_snapshot(session)
+        if writer.stages_inside(session):
+            self.is_begun = self._is_staged = True
+            writer.stage_inside(session, uris)
+
+    async def upload(self, uploads: Sequence[Upload]) -> list[Attempt]:
+        """Stage, if that was not done yet, and upload; see `upload_each`.
+
+        Raises:
+            SQLAlchemyError, TimeoutError: the journal could not be written; nothing was sent.
+        """
+        writer = self._writer
+        if writer is None or not uploads:
+            return await upload_each(uploads)
+        uris = [upload.uri for upload in uploads]
+        if not self._is_staged:
+            self.is_begun = True
+            await writer.stage(uris)
+        async with writer.renewing(uris):
+            return await upload_each(uploads)

@@ -1,0 +1,361 @@
+"""What sessions do with the journal: stage before an upload, settle after a transaction.
+
+Both run on connections of an engine of the journal's own, made from the same connection factory:
+a request that holds a connection of the application's pool and waits for a second one there would
+be a deadlock under load. On SQLite, whose one write lock the session's transaction may hold or
+want, staging goes through the session's connection as soon as it is in a transaction, and is not
+durable before that one's COMMIT.
+
+Invariants: an object is staged before it can exist; it is deleted only once its entry is
+``deleting``, and that only if the entry was there, or no row names the object. What cannot be
+asked or deleted is left to the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+import weakref
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ARRAY, Text, bindparam, event, select, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from .._connection import held_connections, use_explicit_begin
+from .._store._base import DeleteReport, is_owned
+from .._transfer import delete_all
+from .._uri import is_one_attempt
+from ..errors import InvalidInputError, Outcome, UnsafeTransactionError
+from ._columns import quoted
+from ._entries import Condemned, Entries, Unneeded
+from ._group_commit import GroupCommit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.orm import Session
+
+    from .._store._base import Store
+    from ._table import Journal
+
+logger = logging.getLogger("aioblobcol.journal")
+
+STAGE_SECONDS = 30
+SETTLE_SECONDS = 60
+SETTLED_AT_ONCE = 2
+"""Connections of the journal's own that settlements of one process take at a time."""
+CLAIMED_FOR = timedelta(minutes=15)
+QUARANTINE = timedelta(hours=1)
+"""How long a request may live: then the object of an unanswered upload is deleted once more."""
+RENEWALS_PER_LEASE = 3
+
+LEFT_TO_WORKER = "its row let it go; the journal's worker deletes it after the retention"
+SNAPSHOT_REFUSED = (
+    "this transaction is {level} and has its snapshot already, in which no object that is staged "
+    "from now on can be seen, so that no row could adopt it. Call "
+    "`await upload_blobs(session, ...)` before its first statement, or use READ COMMITTED"
+)
+SNAPSHOT_LEVELS = frozenset({"REPEATABLE READ", "SERIALIZABLE"})
+IN_MEMORY = frozenset({None, "", ":memory:"})
+
+STAGE = """
+INSERT INTO {entries} (uri, state) SELECT given, 'staged' FROM unnest(:uris) AS given
+WHERE set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+    WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true) IS NOT NULL
+ON CONFLICT DO NOTHING"""
+"""A transaction of its own, in one round trip; durable although the server's default is not."""
+
+
+class JournalWriter:
+    """The journal of one database, as the sessions of one engine use it.
+
+    Attributes:
+        journal: whose entries it writes.
+        is_volatile: the database is in memory and dies with the process, so that nothing needs
+            to be remembered.
+    """
+
+    def __init__(self, journal: Journal, engine: Engine) -> None:
+        self.journal = journal
+        self.is_volatile = _is_in_memory(engine)
+        self._origin = engine
+        self._is_sqlite = engine.dialect.name == "sqlite"
+        self._entries = Entries(journal, engine.dialect.name)
+        self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
+            weakref.WeakKeyDictionary()
+        )
+        event.listen(engine, "engine_disposed", self._origin_was_disposed)
+
+    # --- before
+
+    def check_uris(self, uris: Collection[str]) -> None:
+        """Refuse what the journal's triggers would take for foreign.
+
+        Raises:
+            InvalidInputError: nothing was written.
+        """
+        for uri in uris:
+            if not is_one_attempt(uri) or self._store_of(uri) is None:
+                raise InvalidInputError(
+                    f"{uri} is in none of the journal's stores: give Journal(metadata, stores) all "
+                    "stores of the sessions"
+                )
+
+    def check_snapshot(self, session: Session) -> None:
+        """Refuse a transaction that could not see what is staged from now on.
+
+        Raises:
+            UnsafeTransactionError: nothing was sent but the question.
+        """
+        for connection in () if self._is_sqlite else self._held(session):
+            level = str(connection.get_isolation_level())
+            if level in SNAPSHOT_LEVELS:
+                raise UnsafeTransactionError(SNAPSHOT_REFUSED.format(level=level))
+
+    def stages_inside(self, session: Session) -> bool:
+        """Tell whether staging has to go through the session's own connection."""
+        return self._is_sqlite and (self.is_volatile or bool(self._held(session)))
+
+    def stage_inside(self, session: Session, uris: Collection[str]) -> None:
+        """Stage in the session's transaction, in a greenlet; gone if it, or a savepoint, is undone.
+
+        Raises:
+            Exception: of the driver.
+        """
+        connection = session.connection(bind_arguments={"clause": self.journal.table})
+        entries = quoted(connection.dialect, self.journal.table.name, self.journal.table.schema)
+        cursor = connection.connection.cursor()  # ours, so no listener needs to look at it
+        try:
+            cursor.executemany(
+                f"INSERT OR IGNORE INTO {entries} (uri, state) VALUES (?, 'staged')",
+                [(uri,) for uri in uris],
+            )
+        finally:
+            cursor.close()
+
+    async def stage(self, uris: Collection[str]) -> None:
+        """Stage durably, together with whoever else wants to.
+
+        Raises:
+            InvalidInputError: a database in memory, of which there is no second connection.
+            SQLAlchemyError, TimeoutError: nothing may be uploaded.
+        """
+        if self.is_volatile:
+            raise InvalidInputError(
+                "the journal is in memory, where only the session's own connection finds it: "
+                "upload inside of blob_transaction(session, journal=journal)"
+            )
+        await self._side.group.submit(tuple(uris))
+
+    @contextlib.asynccontextmanager
+    async def renewing(self, uris: Collection[str]) -> AsyncIterator[None]:
+        """Renew the lease of staged objects for as long as their uploads take."""
+        loop, every = asyncio.get_running_loop(), self._lease_seconds / RENEWALS_PER_LEASE
+        renewals: list[asyncio.Task[None]] = []
+        first = loop.call_later(  # most uploads are over long before
+            every, lambda: renewals.append(loop.create_task(self._renew(tuple(uris), every)))
+        )
+        try:
+            yield
+        finally:
+            first.cancel()
+            for renewal in renewals:
+                renewal.cancel()
+                await asyncio.wait({renewal})
+
+    def still_staged(self, session: Session, uris: Sequence[str]) -> list[str]:
+        """Return those that the session's transaction has not adopted, in a greenlet."""
+        table = self.journal.table
+        is_staged = select(table.c.uri).where(table.c.uri.in_(uris), table.c.state == "staged")
+        return sorted(session.execute(is_staged).scalars())
+
+    # --- afterwards
+
+    async def settle(
+        self, unneeded: Mapping[str, Store], *, unanswered: Collection[str] = ()
+    ) -> DeleteReport:
+        """Condemn and delete new objects that certainly no committed row names.
+
+        Never raises: what fails is left to the worker, and reported.
+
+        Args:
+            unneeded: URI to store.
+            unanswered: those whose upload may still take effect; deleted once more later.
+        """
+        report, _ = await self._settle(unneeded, unanswered, is_doubtful=False)
+        return report
+
+    async def resolve(self, created: Mapping[str, Store]) -> tuple[DeleteReport, Outcome]:
+        """Find out what became of a transaction whose COMMIT was not answered, and settle.
+
+        A plain read would still show its objects as staged while the server commits: their
+        entries are locked, for which the transaction's end is waited. Never raises.
+
+        Args:
+            created: the objects that it wrote into rows, with their stores.
+
+        Returns:
+            What was deleted, and the outcome: unknown if the database does not answer, or if its
+            objects are neither listed nor in rows (they were replaced and deleted meanwhile, or
+            staged in the very transaction).
+        """
+        report, found = await self._settle(created, tuple(created), is_doubtful=True)
+        if found.were_staged:
+            return report, Outcome.ROLLED_BACK
+        return report, Outcome.COMMITTED if found.were_adopted else Outcome.UNKNOWN
+
+    async def _settle(
+        self, unneeded: Mapping[str, Store], unanswered: Collection[str], *, is_doubtful: bool
+    ) -> tuple[DeleteReport, Unneeded]:
+        claim = uuid.uuid4().hex
+        found = Unneeded()
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                found = await self._condemn(claim, unneeded, is_doubtful=is_doubtful)
+                condemned = [Condemned(uri, 0, uri in unanswered) for uri in found.condemned]
+                return await self._carry_out(claim, condemned, unneeded), found
+        except Exception as exc:
+            logger.warning("left to the journal's worker: %s", ", ".join(unneeded), exc_info=exc)
+            if self._is_sqlite and not is_doubtful and not found.condemned:
+                return await _delete(unneeded), found  # the entries went with the transaction
+            reason = f"left to the journal's worker: {type(exc).__name__}: {exc}"
+            return DeleteReport(failed=dict.fromkeys(unneeded, reason)), found
+
+    async def _condemn(
+        self, claim: str, unneeded: Mapping[str, Store], *, is_doubtful: bool
+    ) -> Unneeded:
+        async with self._begin() as connection:
+            return await self._entries.condemn_unneeded(
+                connection,
+                tuple(unneeded),
+                claim=claim,
+                claimed_for=CLAIMED_FOR,
+                is_doubtful=is_doubtful,
+            )
+
+    async def _carry_out(
+        self, claim: str, condemned: Sequence[Condemned], stores: Mapping[str, Store]
+    ) -> DeleteReport:
+        if not condemned:
+            return DeleteReport()
+        report = await _delete({each.uri: stores[each.uri] for each in condemned})
+        deleted = [each for each in condemned if each.uri not in report.failed]
+        failed = {
+            each.uri: (each, report.failed[each.uri])
+            for each in condemned
+            if each.uri in report.failed
+        }
+        async with self._begin() as connection:
+            await self._entries.forget(connection, deleted, claim=claim, quarantine=QUARANTINE)
+            await self._entries.postpone(connection, failed, claim=claim)
+        return report
+
+    # --- connections
+
+    @property
+    def _side(self) -> _Side:
+        loop = asyncio.get_running_loop()
+        side = self._sides.get(loop)
+        if side is None:
+            side = self._sides[loop] = _Side(self._own_engine(), self._write)
+        return side
+
+    def _own_engine(self) -> AsyncEngine:
+        origin = self._origin
+        engine = AsyncEngine(Engine(origin.pool.recreate(), origin.dialect, origin.url))
+        use_explicit_begin(engine)
+        return engine
+
+    def _origin_was_disposed(self, _engine: Engine) -> None:
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        sides, self._sides = dict(self._sides), weakref.WeakKeyDictionary()
+        for loop, side in sides.items():
+            side.engine.sync_engine.dispose(close=loop is here)
+
+    @contextlib.asynccontextmanager
+    async def _begin(self) -> AsyncIterator[AsyncConnection]:
+        """Begin a transaction that sees what is committed, whatever the engine's level is."""
+        side = self._side
+        async with side.slots, side.engine.connect() as connection:
+            if not self._is_sqlite:
+                await connection.execution_options(isolation_level="READ COMMITTED")
+            async with connection.begin():
+                yield connection
+
+    async def _write(self, uris: Sequence[str]) -> None:
+        engine = self._side.engine
+        if self._is_sqlite:
+            async with engine.begin() as connection:
+                await self._entries.stage(connection, uris)
+            return
+        async with engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            table = self.journal.table
+            entries = quoted(connection.dialect, table.name, table.schema)
+            statement = text(STAGE.format(entries=entries))
+            typed = statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
+            await connection.execute(typed, {"uris": list(uris)})
+
+    async def _renew(self, uris: Collection[str], every: float) -> None:
+        while True:
+            try:
+                async with self._begin() as connection:
+                    left = await self._entries.renew(connection, uris)
+                if left:
+                    logger.warning("condemned in the middle of their upload: %s", ", ".join(left))
+            except Exception as exc:  # there is another time before the lease is over
+                logger.warning("the lease of an upload could not be renewed", exc_info=exc)
+            await asyncio.sleep(every)
+
+    @property
+    def _lease_seconds(self) -> float:
+        return self.journal.lease.total_seconds()
+
+    @staticmethod
+    def _held(session: Session) -> list[Connection]:
+        return held_connections(session.get_transaction()) or []
+
+    def _store_of(self, uri: str) -> Store | None:
+        stores = self.journal.stores.values()
+        return next((store for store in stores if is_owned(store, uri)), None)
+
+
+class _Side:
+    """What belongs to one event loop."""
+
+    def __init__(self, engine: AsyncEngine, write: Any) -> None:
+        self.engine = engine
+        self.group = GroupCommit(write, seconds=STAGE_SECONDS)
+        self.slots = asyncio.Semaphore(SETTLED_AT_ONCE)
+
+
+async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
+    """Delete objects of all stores at once."""
+    stores = {id(store): store for store in uris.values()}
+    reports = await asyncio.gather(
+        *(
+            delete_all(store, [uri for uri, its in uris.items() if its is store])
+            for store in stores.values()
+        )
+    )
+    whole = DeleteReport()
+    for report in reports:
+        whole = whole.merged_with(report)
+    return whole
+
+
+def _is_in_memory(engine: Engine) -> bool:
+    if engine.dialect.name != "sqlite":
+        return False
+    is_kept = isinstance(engine.pool, (StaticPool, SingletonThreadPool))
+    return is_kept or engine.url.database in IN_MEMORY or "mode=memory" in str(engine.url)
