@@ -56,10 +56,12 @@ class TestManagedMachine:
         """Whatever a program does on SQLite, both stores agree afterwards."""
         run_programs(lambda: World(SqliteFile(tmp_path / "test.db"), MemoryStore()), examples=300)
 
+    @pytest.mark.slow
     def test_on_postgresql(self, postgres_url: str) -> None:
         """Whatever a program does on PostgreSQL, both stores agree afterwards."""
         run_programs(lambda: World(PostgresDatabase(postgres_url), MemoryStore()), examples=150)
 
+    @pytest.mark.slow
     def test_with_a_journal_on_sqlite(self, tmp_path: Path) -> None:
         """With a journal nothing is left at all, whatever failed and whoever wrote the rows."""
         run_programs(
@@ -67,6 +69,7 @@ class TestManagedMachine:
             examples=200,
         )
 
+    @pytest.mark.slow
     def test_with_a_journal_on_postgresql(self, postgres_url: str) -> None:
         """The same on PostgreSQL, with TRUNCATE."""
         run_programs(

@@ -38,7 +38,8 @@ from ._group_commit import GroupCommit
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy import Table, TextClause
+    from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.orm import Session
 
@@ -88,6 +89,7 @@ class JournalWriter:
         self._origin = engine
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._entries = Entries(journal, engine.dialect.name)
+        self._stage = _stage_statement(journal.table, engine.dialect)
         self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
             weakref.WeakKeyDictionary()
         )
@@ -293,18 +295,12 @@ class JournalWriter:
                 yield connection
 
     async def _write(self, uris: Sequence[str]) -> None:
-        engine = self._side.engine
         if self._is_sqlite:
-            async with engine.begin() as connection:
+            async with self._side.engine.begin() as connection:
                 await self._entries.stage(connection, uris)
             return
-        async with engine.connect() as connection:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
-            table = self.journal.table
-            entries = quoted(connection.dialect, table.name, table.schema)
-            statement = text(STAGE.format(entries=entries))
-            typed = statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
-            await connection.execute(typed, {"uris": list(uris)})
+        async with self._side.autocommitting.connect() as connection:
+            await connection.execute(self._stage, {"uris": list(uris)})
 
     async def _renew(self, uris: Collection[str], every: float) -> None:
         while True:
@@ -335,8 +331,15 @@ class _Side:
 
     def __init__(self, engine: AsyncEngine, write: Any) -> None:
         self.engine = engine
+        self.autocommitting = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.group = GroupCommit(write, seconds=STAGE_SECONDS)
         self.slots = asyncio.Semaphore(SETTLED_AT_ONCE)
+
+
+def _stage_statement(table: Table, dialect: Dialect) -> TextClause:
+    entries = quoted(dialect, table.name, table.schema)
+    statement = text(STAGE.format(entries=entries))
+    return statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
 
 
 async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
