@@ -214,15 +214,27 @@ class TestFailures:
         assert entry.claim is None
 
     async def test_outside_of_every_store(self, journaled: Journaled) -> None:
-        """An entry that somebody else has written is never deleted through these stores."""
+        """An entry under none of its stores is another worker's: it is left as it was."""
         table = journaled.journal.table
         foreign = "s3://elsewhere/x/id=00000000000000000000000000000001"
         async with journaled.database.engine.begin() as connection:
             await connection.execute(sa.insert(table).values(uri=foreign, state="retired"))
 
+        assert await worker(journaled).run_once() == WorkReport()
+        async with journaled.database.engine.connect() as connection:
+            entry = (await connection.execute(sa.select(table))).one()
+        assert (entry.uri, entry.state, entry.attempts) == (foreign, "retired", 0)
+
+    async def test_a_key_that_is_none_of_ours(self, journaled: Journaled) -> None:
+        """One that a proxy may take for another prefix's is never deleted; the entry says why."""
+        table = journaled.journal.table
+        outside = "s3://bucket/prefix/../id=00000000000000000000000000000001"
+        async with journaled.database.engine.begin() as connection:
+            await connection.execute(sa.insert(table).values(uri=outside, state="retired"))
+
         report = await worker(journaled).run_once()
 
-        assert report.failed == {foreign: "under no store's bucket and prefix"}
+        assert report.failed == {outside: "under no store's bucket and prefix"}
 
     async def test_a_worker_that_was_killed(self, journaled: Journaled) -> None:
         """What it had claimed is taken over when its claim has run out."""
@@ -337,5 +349,6 @@ class TestRun:
             assert sum(report.removed for each in rounds for report in each) == 300
             assert objects(journaled) == "abc"
             assert await journaled.states() == {}
-            deleted = [uri for call in memory_store.calls for uri in call[1]]
+            calls = [uris for operation, uris in memory_store.calls if operation == "delete"]
+            deleted = [uri for call in calls for uri in call]
             assert sorted(deleted) == uris

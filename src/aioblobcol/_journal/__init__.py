@@ -1,16 +1,31 @@
 """The journal's room: its table, the triggers that write it (by dialect), and its entries."""
 
 from ._columns import JournaledTable, column_of, tables_with_uris
-from ._entries import Condemned, Entries, back_off, named_by_rows
+from ._due import database_time, is_condemnable, is_unadopted, is_under, lag_of
+from ._entries import PARKED, Condemned, Entries, back_off, named_by_rows
+from ._indexes import proposed_indexes
+from ._ownership import OwnershipState, check_ownership, claim, deleting_stores, disown
 from ._table import Journal
 
 __all__ = [
+    "PARKED",
     "Condemned",
     "Entries",
     "Journal",
     "JournaledTable",
+    "OwnershipState",
     "back_off",
+    "check_ownership",
+    "claim",
     "column_of",
+    "database_time",
+    "deleting_stores",
+    "disown",
+    "is_condemnable",
+    "is_unadopted",
+    "is_under",
+    "lag_of",
     "named_by_rows",
+    "proposed_indexes",
     "tables_with_uris",
 ]

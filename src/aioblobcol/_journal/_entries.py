@@ -32,10 +32,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ._columns import JournaledTable
+from ._due import is_under
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from .._store._base import Store
     from ._table import Journal
 
 logger = logging.getLogger("aioblobcol.journal")
@@ -95,7 +97,13 @@ class Entries:
         return left
 
     async def condemn(
-        self, connection: AsyncConnection, *, claim: str, limit: int, lease: timedelta
+        self,
+        connection: AsyncConnection,
+        *,
+        claim: str,
+        limit: int,
+        lease: timedelta,
+        stores: Collection[Store] | None = None,
     ) -> list[Condemned]:
         """Claim what is due: retired, staged and never adopted, or condemned and not deleted yet.
 
@@ -104,8 +112,11 @@ class Entries:
             claim: whose they are from now on.
             limit: how many at most.
             lease: when another worker may take them over.
+            stores: in which they lie; all of the journal's by default. What lies elsewhere is
+                another worker's.
         """
         table = self._table
+        is_ours = is_under(table.c.uri, self._journal.stores.values() if stores is None else stores)
         if self._is_sqlite:  # take its one lock for writing, and wait for it
             await connection.execute(delete(table).where(false()))
         now = self._after(timedelta(0))
@@ -116,7 +127,7 @@ class Entries:
         due = (
             await connection.execute(
                 select(table)
-                .where(is_due)
+                .where(is_due, is_ours)
                 .order_by(table.c.not_before)
                 .limit(limit)
                 .with_for_update(skip_locked=True)
