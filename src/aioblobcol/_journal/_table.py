@@ -178,8 +178,9 @@ class Journal:
         """
         statements: list[str] = []
         if with_table:
-            created: list[DDLElement] = [CreateTable(self.table), CreateTable(self.owners)]
+            created: list[DDLElement] = [CreateTable(self.table)]
             created += map(CreateIndex, self.table.indexes)
+            created.append(CreateTable(self.owners, if_not_exists=True))
             statements += [str(each.compile(dialect=dialect)).strip() for each in created]
         triggers = self.triggers(dialect)
         statements += triggers.create_functions()
