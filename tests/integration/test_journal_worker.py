@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
 from support.databases import Database
 from support.journal import Journaled, open_journaled
+from support.postgres_proxy import CutMode, postgres_proxy
+from support.s3_proxy import Answer, Forward, Request, s3_proxy
 
-from aioblobcol import DeleteReport, InvalidInputError
-from aioblobcol._journal import Journal, back_off
-from aioblobcol._worker import Worker, WorkReport
-from aioblobcol.testing import MemoryStore, StoredObject
+from aioblobcol import DeleteReport, InvalidInputError, Worker, WorkReport
+from aioblobcol._journal import Journal, back_off, claim
+from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
 
 @pytest_asyncio.fixture
@@ -352,3 +355,82 @@ class TestRun:
             calls = [uris for operation, uris in memory_store.calls if operation == "delete"]
             deleted = [uri for call in calls for uri in call]
             assert sorted(deleted) == uris
+
+
+class TestLostServers:
+    @pytest.mark.parametrize("commit", ["the claim's", "the note's"])
+    @pytest.mark.parametrize("mode", ["before_server", "after_server"])
+    async def test_the_database(
+        self, postgres: Database, memory_store: MemoryStore, mode: CutMode, commit: str
+    ) -> None:
+        """The wire is cut around a COMMIT, and the object is gone in the end all the same."""
+        async with (
+            postgres_proxy(postgres.engine.url.render_as_string(hide_password=False)) as proxy,
+            open_journaled(postgres, memory_store) as journaled,
+        ):
+            memory_store.objects[journaled.uri("a")] = StoredObject(b"x", {}, {})
+            await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+            await pass_time(journaled, hours=1)
+            engine = create_async_engine(proxy.url)
+            await claim(journaled.journal, engine)
+            stop = asyncio.Event()
+
+            def cut_the_second(step: Step) -> None:
+                if step.operation == "delete" and not proxy.commit_arrived.is_set():
+                    proxy.mode = mode
+
+            if commit == "the claim's":
+                proxy.mode = mode
+            else:
+                memory_store.hooks.append(cut_the_second)
+            poll = timedelta(milliseconds=10)
+            working = Worker(journaled.journal, engine, poll_every=poll).run(stop)
+            task = asyncio.create_task(working)
+            await proxy.commit_arrived.wait()
+            proxy.mode = "pass"
+            while await journaled.states():  # until its claim has run out
+                await pass_time(journaled, hours=1)
+            stop.set()
+            await task
+            await engine.dispose()
+
+            assert journaled.uri("a") not in memory_store.objects
+            assert await journaled.states() == {}
+
+    async def test_the_store(self, database: Database, s3: S3Server) -> None:
+        """No answer from S3: noted, tried again, and gone in the end."""
+        bucket = f"lost-{uuid.uuid4().hex}"
+        await s3.create_bucket(bucket)
+        is_down = True
+        failed, removed = asyncio.Event(), asyncio.Event()
+
+        async def cut(request: Request, forward: Forward) -> Answer:
+            is_delete = request.is_bulk_delete or request.method == "DELETE"
+            return None if is_down and is_delete else await forward()
+
+        def note(report: WorkReport) -> None:
+            (failed if report.failed else removed).set()
+
+        async with s3_proxy(s3.endpoint_url) as proxy:
+            proxy.rule = cut
+            behind = S3Server(proxy.endpoint_url)
+            store: Any = behind.open_store(bucket=bucket, prefix="app")
+            async with store, open_journaled(database, store) as journaled:
+                key = journaled.uri("a").removeprefix(f"s3://{bucket}/")
+                await store.client.put_object(Bucket=bucket, Key=key, Body=b"x")
+                await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+                await pass_time(journaled, hours=1)
+                stop = asyncio.Event()
+                poll = timedelta(milliseconds=10)
+                working = worker(journaled, poll_every=poll, on_round=note).run(stop)
+                task = asyncio.create_task(working)
+                await failed.wait()
+                assert await journaled.states() == {"a": "deleting"}
+                is_down = False
+                await pass_time(journaled, hours=1)
+                await removed.wait()
+                stop.set()
+                await task
+
+                assert journaled.uri("a") not in [uri async for uri in store.iter_uris()]
+                assert await journaled.states() == {}
