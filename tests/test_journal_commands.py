@@ -187,16 +187,21 @@ class TestDdl:
 
             await journaled.run(*proposed_indexes(journaled.journal, postgres.engine.dialect))
             for table in journaled.journal.journaled_tables:
-                for uri in table.uris:
+                for column in table.columns:
+                    uri = column.uri
                     question = sa.select(uri).where(uri.in_(["s3://bucket/a", "s3://bucket/b"]))
                     async with postgres.engine.begin() as connection:
                         await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
-                        text = question.compile(
+                        compiled = question.compile(
                             dialect=postgres.engine.dialect,
-                            compile_kwargs={"literal_binds": True},
+                            compile_kwargs={"render_postcompile": True},
                         )
-                        plan = await connection.exec_driver_sql(f"EXPLAIN {text}")
-                        assert "aioblobcol_uri" in str(plan.all())
+                        names = compiled.positiontup or ()
+                        values = tuple(compiled.params[name] for name in names)
+                        plan = await connection.exec_driver_sql(f"EXPLAIN {compiled}", values)
+                        lines = str(plan.all())
+                        assert f"aioblobcol_uri_{column.name}_" in lines
+                        assert "Index Cond" in lines
 
     async def test_another_dialect(self, operated: Operated) -> None:
         """Exit code 2, and those that there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.databases import Database
 from support.journal import Journaled, open_journaled
 from support.postgres_proxy import CutMode, postgres_proxy
 from support.s3_proxy import Answer, Forward, Request, s3_proxy
 
-from aioblobcol import DeleteReport, InvalidInputError, Worker, WorkReport
+from aioblobcol import DeleteReport, InvalidInputError, StoreClosedError, Worker, WorkReport
 from aioblobcol._journal import Journal, back_off, claim
 from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
@@ -311,6 +313,39 @@ class TestRun:
         await task
 
         assert await journaled.states() == {}
+
+    async def test_in_an_application(self, database: Database) -> None:
+        """It shares the application's loop, and ends with it; as its docstring shows."""
+        store = MemoryStore()
+        async with open_journaled(database, store) as journaled:
+            uri = journaled.uri("a")
+            store.objects[uri] = StoredObject(b"x", {}, {})
+            removed = asyncio.Event()
+
+            @contextlib.asynccontextmanager
+            async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+                stop = asyncio.Event()
+                async with store, asyncio.TaskGroup() as group:
+                    on_round: Any = lambda _report: removed.set()  # noqa: E731
+                    group.create_task(worker(journaled, on_round=on_round).run(stop))
+                    yield
+                    stop.set()
+
+            app = FastAPI(lifespan=lifespan)
+            await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+            await pass_time(journaled, hours=1)
+            async with app.router.lifespan_context(app):
+                await removed.wait()
+
+            assert uri not in store.objects
+            assert await journaled.states() == {}
+
+    async def test_stores_that_are_closed(self, database: Database, s3: S3Server) -> None:
+        """That is no trouble of a server: it is raised at once."""
+        store: Any = s3.open_store(bucket="bucket", prefix="prefix")
+        async with open_journaled(database, store) as journaled:
+            with pytest.raises(StoreClosedError, match="enter it first"):
+                await worker(journaled).run(asyncio.Event())
 
     async def test_a_database_that_is_away(
         self, journaled: Journaled, caplog: pytest.LogCaptureFixture

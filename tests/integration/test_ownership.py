@@ -69,7 +69,6 @@ class TestFirstWorker:
         """A prefix that nobody owns is claimed by the first worker, in both places."""
         assert await look(journaled) is OwnershipState.UNCLAIMED
         assert await deleting_stores(journaled.journal, journaled.database.engine) == frozenset()
-        forget(journaled)
         assert (await work(journaled)).left_out == {}
         assert not is_there(journaled)
         assert marker_uri("bucket", "prefix") == MARKER

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, DateTime, and_, false, func, or_, select, type_coerce
+from sqlalchemy import Column, ColumnElement, DateTime, and_, false, func, or_, select, type_coerce
 
 from .._uri import root_uri
 
@@ -50,18 +50,23 @@ def is_condemnable(table: Table, dialect_name: str) -> ColumnElement[bool]:
 
 async def lag_of(connection: AsyncConnection, journal: Journal) -> timedelta:
     """Return for how long the oldest entry of the journal's stores has been due; 0 if none is."""
-    table, dialect_name = journal.table, connection.dialect.name
+    table = journal.table
     is_own = is_under(table.c.uri, journal.stores.values())
-    condemnable = is_condemnable(table, dialect_name)
-    unadopted = is_unadopted(table, dialect_name, journal.lease)
+
+    def earliest(column: Column[Any], state: str) -> ColumnElement[Any]:
+        # a minimum of one state is one step in the index; what is not due yet is told below
+        found = select(func.min(column)).where(table.c.state == state, is_own)
+        return found.scalar_subquery()
+
     found = await connection.execute(
         select(
-            database_time(dialect_name),
-            select(func.min(table.c.not_before)).where(condemnable, is_own).scalar_subquery(),
-            select(func.min(table.c.since)).where(unadopted, is_own).scalar_subquery(),
+            database_time(connection.dialect.name),
+            earliest(table.c.not_before, "retired"),
+            earliest(table.c.not_before, "deleting"),
+            earliest(table.c.since, "staged"),
         )
     )
-    now, not_before, since = found.one()
-    due = [not_before] if not_before is not None else []
-    due += [since + journal.lease] if since is not None else []
-    return max((now - moment for moment in due), default=timedelta(0))
+    now, *due, since = found.one()
+    due.append(None if since is None else since + journal.lease)
+    lags: list[timedelta] = [now - moment for moment in due if moment is not None]
+    return max([timedelta(0), *lags])

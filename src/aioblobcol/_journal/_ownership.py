@@ -94,6 +94,9 @@ _MEANING = {
 }
 
 
+_FREE = frozenset({OwnershipState.UNCLAIMED, OwnershipState.UNMARKED})
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Row:
     identity: str | None
@@ -166,7 +169,8 @@ async def check_ownership(
     memories = _memories.setdefault(journal, weakref.WeakKeyDictionary())
     memory = memories.setdefault(engine.sync_engine, _Memory())
     now = time.monotonic()
-    if memory.states is not None:
+    may_claim = claims and not _FREE.isdisjoint((memory.states or {}).values())
+    if memory.states is not None and not may_claim:
         if now < memory.until:
             return memory.states
         memory.until = now + ASKED_AGAIN_SECONDS  # the others need not ask meanwhile
@@ -340,7 +344,7 @@ def _log(journal: Journal, memory: _Memory) -> None:
 
 
 async def _claim_if_free(journal: Journal, engine: AsyncEngine, sight: _Sight) -> OwnershipState:
-    if sight.state not in {OwnershipState.UNCLAIMED, OwnershipState.UNMARKED}:
+    if sight.state not in _FREE:
         return sight.state
     try:
         state = await _claim(journal, engine, sight.store, anew=False)
