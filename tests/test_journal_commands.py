@@ -37,7 +37,7 @@ class Operated:
         self.journaled = journaled
         self._monkeypatch = monkeypatch
 
-    async def run(self, *arguments: str, **changes: Any) -> Result:
+    async def run(self, *arguments: str, charset: str = "utf-8", **changes: Any) -> Result:
         """Run a command in a loop of its own, with an engine of its own."""
         given: dict[str, Any] = {
             "engine": self.journaled.database.engine_with(),
@@ -49,7 +49,7 @@ class Operated:
         self._monkeypatch.setitem(sys.modules, "shop", SimpleNamespace(blobs=BlobApp(**given)))
         self._monkeypatch.setenv("AIOBLOBCOL_APP", "shop:blobs")
         self._monkeypatch.setenv("COLUMNS", "80")
-        return await asyncio.to_thread(lambda: CliRunner().invoke(command_line, arguments))
+        return await asyncio.to_thread(lambda: CliRunner(charset).invoke(command_line, arguments))
 
     async def enter(self, name: str, state: str, **values: object) -> None:
         """Enter an object that was due for an hour."""
@@ -385,6 +385,24 @@ class TestTrouble:
 
         assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
         assert "cannot get s3://bucket/prefix/.aioblobcol-owner" in result.stderr
+
+
+class TestTerminals:
+    async def test_one_that_knows_few_characters(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it cannot show is escaped; SQL is UTF-8 always, for psql and sqlite3 read that."""
+        async with open_journaled(database, MemoryStore(prefix="ü")) as journaled:
+            operated = Operated(journaled, monkeypatch)
+            await operated.enter("d", "staged")
+            result = await operated.run("status", charset="ascii")
+            assert (result.exit_code, "s3://bucket/\\xfc/" in result.stdout) == (0, True)
+            result = await operated.run("ddl", charset="latin-1")
+            assert "'s3://bucket/ü/'".encode() in result.stdout_bytes
+            for command in ("retire-table", "claim", "disown"):
+                arguments = ["journaled docs"] if command == "retire-table" else []
+                result = await operated.run(command, *arguments, charset="ascii")
+                assert result.exit_code == 0
 
 
 class TestHelp:

@@ -221,6 +221,21 @@ class TestCopies:
                     await connection.exec_driver_sql("DROP DATABASE the_copy")
             await admin.dispose()
 
+    async def test_a_role_that_may_not_ask(self, postgres: Database) -> None:
+        """It is known by the database's number alone."""
+        function = "EXECUTE ON FUNCTION pg_control_system()"
+        async with postgres.engine.connect() as connection:
+            known = await _ownership._fingerprint(connection, None)
+            await connection.exec_driver_sql(f"REVOKE {function} FROM PUBLIC")
+            await connection.exec_driver_sql("CREATE ROLE may_not_ask")
+            await connection.exec_driver_sql("SET LOCAL ROLE may_not_ask")
+            unknown = await _ownership._fingerprint(connection, None)
+            await connection.rollback()
+
+        kind, cluster, number = known.split(":")
+        assert cluster.isdigit()
+        assert unknown == f"{kind}:?:{number}"
+
     async def test_a_configuration(self, database: Database, memory_store: MemoryStore) -> None:
         """What cannot be told from its copy by itself is told apart by its configuration."""
         async with open_journaled(database, memory_store) as journaled:

@@ -312,7 +312,8 @@ async def _fingerprint(connection: AsyncConnection, schema: str | None) -> str:
     """Return what tells this database from a copy of it that was restored elsewhere.
 
     On PostgreSQL the cluster and the database's number in it; a promoted physical replica has the
-    same ones. On SQLite the file's path.
+    same ones, and a role that may not ask for the cluster sees the number only. On SQLite the
+    file's path. ``Journal(owner=...)`` is for what they cannot tell apart.
     """
     if connection.dialect.name == "sqlite":
         databases = (await connection.execute(text("PRAGMA database_list"))).all()

@@ -22,7 +22,7 @@ from ._retiring import Retirement, find_table, retire
 from ._scripts import script
 from ._status_report import as_json as status_as_json
 from ._status_report import show_status
-from ._trouble import explaining
+from ._trouble import explaining, print_anything
 from ._working import WorkerOptions, run_worker
 
 EXAMPLES: Final = {
@@ -113,6 +113,7 @@ def status(
     """
     with explaining("status"):
         found = asyncio.run(_status(load_app(app_name)))
+    print_anything()
     if as_json:
         typer.echo(status_as_json(found))
     else:
@@ -150,6 +151,7 @@ def ddl(
         app = load_app(app_name)
         name = dialect or app.engine.dialect.name
         text = script(journal_of(app), name, with_table=table, with_indexes=indexes)
+    print_anything(encoding="utf-8")  # escapes would change what it means
     typer.echo(text)
 
 

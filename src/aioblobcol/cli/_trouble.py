@@ -7,6 +7,8 @@ interrupted. Only what nobody has foreseen shows a traceback.
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -46,3 +48,9 @@ def explaining(
 def _is_foreseen(exc: Exception) -> bool:
     is_ours = isinstance(exc, (CannotRunError, AioBlobColError, SQLAlchemyError, OSError))
     return is_ours or type(exc).__module__.partition(".")[0] in DRIVERS
+
+
+def print_anything(*, encoding: str | None = None) -> None:
+    """Escape what the terminal cannot show, instead of failing; or print in *encoding*."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
