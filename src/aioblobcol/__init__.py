@@ -8,11 +8,13 @@ from ._app import BlobApp
 from ._blob import Blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
-from ._journal import Journal
+from ._journal import Journal, OwnershipState
 from ._managed import blob_report, blob_sessionmaker, enlist, track_blobs, upload_blobs
+from ._status import JournalStatus, ParkedObject, StateStatus, journal_status
 from ._store._base import DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
 from ._unit_of_work import BlobTransaction, blob_transaction
+from ._worker import Worker, WorkReport
 from .aws_s3 import DeleteS3Result, PutS3ApiCall, PutS3Result, delete_s3, guard, put_s3
 from .errors import (
     AioBlobColError,
@@ -37,6 +39,7 @@ from .errors import (
     InvalidSourceError,
     NaiveDatetimeError,
     Outcome,
+    OwnershipError,
     ResultSpentError,
     StoreAccessError,
     StoreClosedError,
@@ -75,13 +78,18 @@ __all__ = [
     "InvalidS3UriError",
     "InvalidSourceError",
     "Journal",
+    "JournalStatus",
     "NaiveDatetimeError",
     "ObjectInfo",
     "Outcome",
+    "OwnershipError",
+    "OwnershipState",
+    "ParkedObject",
     "PutS3ApiCall",
     "PutS3Result",
     "ResultSpentError",
     "S3Store",
+    "StateStatus",
     "Store",
     "StoreAccessError",
     "StoreClosedError",
@@ -90,12 +98,15 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionError",
     "UnsafeTransactionError",
+    "WorkReport",
+    "Worker",
     "blob_report",
     "blob_sessionmaker",
     "blob_transaction",
     "delete_s3",
     "enlist",
     "guard",
+    "journal_status",
     "open_blob",
     "open_store",
     "put_s3",

@@ -29,6 +29,8 @@ from .errors import (
 
 MAX_KEY_BYTES = 1024
 MAX_COMPONENT_BYTES = 255
+MARKER_NAME = ".aioblobcol-owner"
+"""The key under a store's prefix, of the object that says whose it is; a blob's ends in its id."""
 
 SinglePrimaryKey = str | int | uuid.UUID
 PrimaryKey = SinglePrimaryKey | Sequence[SinglePrimaryKey]
@@ -273,6 +275,11 @@ def new_object_id() -> str:
 def root_uri(bucket: str, prefix: str) -> str:
     """Return what every URI under this bucket and prefix starts with."""
     return f"s3://{bucket}/{prefix}/" if prefix else f"s3://{bucket}/"
+
+
+def marker_uri(bucket: str, prefix: str) -> str:
+    """Return the object that says which database owns what is under this bucket and prefix."""
+    return root_uri(bucket, prefix) + MARKER_NAME
 
 
 def is_one_attempt(s3_uri: str) -> bool:

@@ -3,6 +3,8 @@
 Any number of them may run, on any number of machines; the database is their only coordinator. An
 entry is claimed in one transaction, its object deleted, its entry removed in another one; killed
 anywhere in between, the claim runs out and another worker does the same again.
+
+Invariant: nothing is condemned in a store that this database does not own for certain.
 """
 
 from __future__ import annotations
@@ -15,15 +17,13 @@ import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from ._journal import Condemned, Entries, Journal
+from ._journal import Condemned, Entries, Journal, OwnershipState, check_ownership, lag_of
 from ._store._base import DeleteReport, Store, is_owned
 from ._tasks import run_to_end
-from .errors import InvalidInputError
+from .errors import InvalidInputError, StoreClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -41,16 +41,35 @@ class WorkReport:
         deleted: objects; those that are deleted once more later are among them.
         removed: entries that are done with.
         failed: URI to reason; tried again later.
+        left_out: stores that this database does not own, by name; nothing was done in them.
+        lag: for how long the oldest entry had been due when the round began.
     """
 
     claimed: int = 0
     deleted: int = 0
     removed: int = 0
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, OwnershipState] = dataclasses.field(default_factory=dict)
+    lag: timedelta = dataclasses.field(default=timedelta(0), compare=False)
 
 
 class Worker:
-    """Deletes what is due, in rounds, until it is stopped."""
+    """Deletes what is due, in rounds, until it is stopped.
+
+    ``aioblobcol worker`` runs one in a process of its own. It can run in an application's event
+    loop as well; here is FastAPI's ``lifespan``::
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            stop = asyncio.Event()
+            async with store, asyncio.TaskGroup() as group:
+                group.create_task(Worker(journal, engine).run(stop))
+
+    Yield:
+                stop.set()
+
+    Any number of workers may share one journal on PostgreSQL; on SQLite they take turns.
+    """
 
     def __init__(
         self,
@@ -61,17 +80,20 @@ class Worker:
         quarantine: timedelta = timedelta(hours=1),
         claim_for: timedelta = timedelta(minutes=15),
         poll_every: timedelta = timedelta(seconds=5),
+        on_round: Callable[[WorkReport], None] | None = None,
     ) -> None:
         """Describe a worker; nothing is sent yet.
 
         Args:
-            journal: its stores are open while the worker runs.
+            journal: its stores are open while the worker runs. Entries that lie elsewhere are
+                left alone. A prefix that nobody owns is claimed (see `aioblobcol claim --help`).
             engine: of the database with the journal; at most one connection is used at a time.
             batch_size: entries per round.
             quarantine: how long a request may live; an object that was never in a row is deleted
                 again after it, for its upload may have been late.
             claim_for: when another worker may take over what this one has claimed.
             poll_every: how long to wait when nothing is due, and after an error.
+            on_round: called by `run` after each round that did something.
 
         Raises:
             InvalidInputError: something is not positive.
@@ -86,6 +108,7 @@ class Worker:
         self._quarantine = quarantine
         self._claim_for = claim_for
         self._poll_every = poll_every
+        self._on_round = on_round
 
     async def run_once(self) -> WorkReport:
         """Do one round: claim, delete, and note what became of it.
@@ -93,27 +116,53 @@ class Worker:
         What was deleted is noted although the caller is cancelled meanwhile.
 
         Raises:
-            SQLAlchemyError: the database could not be asked; what was claimed is tried again
-                when the claim has run out.
+            SQLAlchemyError, OSError: the database could not be asked; what was claimed is tried
+                again when the claim has run out.
         """
         claim = uuid.uuid4().hex
+        states = await check_ownership(self._journal, self._engine, claims=True)
+        left_out = {name: s for name, s in states.items() if s is not OwnershipState.AGREED}
+        stores = [each for name, each in self._journal.stores.items() if name not in left_out]
         async with self._begin() as connection:
+            lag = await lag_of(connection, self._journal)
             condemned = await self._entries.condemn(
-                connection, claim=claim, limit=self._batch_size, lease=self._claim_for
+                connection,
+                claim=claim,
+                limit=self._batch_size,
+                lease=self._claim_for,
+                stores=stores,
             )
-        if not condemned:
-            return WorkReport()
-        seconds = self._claim_for.total_seconds()
-        return await run_to_end(self._carry_out(claim, condemned), seconds=seconds)
+        report = WorkReport()
+        if condemned:
+            seconds = self._claim_for.total_seconds()
+            report = await run_to_end(self._carry_out(claim, condemned), seconds=seconds)
+        return dataclasses.replace(report, left_out=left_out, lag=lag)
 
-    async def drain(self) -> list[WorkReport]:
-        """Do rounds until nothing is due; what failed in one is not due in the next.
+    async def lag(self) -> timedelta:
+        """Return for how long the oldest entry has been due; 0 if none is. For alarms.
+
+        Entries in stores that are left out count, for somebody has to act.
 
         Raises:
-            SQLAlchemyError: as `run_once`.
+            SQLAlchemyError, OSError: the database could not be asked.
+        """
+        async with self._begin() as connection:
+            return await lag_of(connection, self._journal)
+
+    async def drain(self, stop: asyncio.Event | None = None) -> list[WorkReport]:
+        """Do rounds until nothing is due, or *stop* is set; return what did something.
+
+        What failed in one round is not due in the next.
+
+        Raises:
+            SQLAlchemyError, OSError: as `run_once`.
         """
         reports = []
-        while (report := await self.run_once()).claimed:
+        while stop is None or not stop.is_set():
+            report = await self.run_once()
+            if not report.claimed:
+                break
+            self._tell(report)
             reports.append(report)
         return reports
 
@@ -121,17 +170,41 @@ class Worker:
         """Do rounds until *stop* is set; the round under way is finished first.
 
         A database or a store that cannot be reached is logged and asked again later.
+
+        Raises:
+            StoreClosedError: a store is not open.
         """
         while not stop.is_set():
+            report = WorkReport()
             try:
                 report = await self.run_once()
-            except (SQLAlchemyError, OSError, TimeoutError):
-                logger.exception("the journal could not be asked; trying again later")
-                report = WorkReport()
+            except StoreClosedError:
+                raise  # it would not be open later, either
+            except Exception as exc:  # drivers raise what they like while a server starts up
+                logger.warning(
+                    "the journal could not be asked, trying again later: %s: %s",
+                    type(exc).__name__,
+                    exc,
+                    exc_info=logger.isEnabledFor(logging.DEBUG),
+                )
+            if report.claimed:
+                self._tell(report)
             if report.claimed < self._batch_size:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._poll_every.total_seconds()):
                         await stop.wait()
+
+    def _tell(self, report: WorkReport) -> None:
+        logger.info(
+            "%d claimed, %d deleted, %d failed, %d done with; %.0f seconds behind",
+            report.claimed,
+            report.deleted,
+            len(report.failed),
+            report.removed,
+            report.lag.total_seconds(),
+        )
+        if self._on_round is not None:
+            self._on_round(report)
 
     @contextlib.asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncConnection]:
@@ -158,7 +231,7 @@ class Worker:
 
     async def _delete(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects of all stores at once."""
-        failed = dict.fromkeys(uris, FOREIGN)
+        failed = dict.fromkeys(uris, FOREIGN)  # such as prefix/../other
         work: list[tuple[Store, list[str]]] = []
         for store in self._journal.stores.values():
             own = [uri for uri in failed if is_owned(store, uri)]

@@ -19,6 +19,7 @@ AioBlobColError
 ├── BlobUnboundError (RuntimeError)    a stored blob that does not know its store
 ├── BlobUploadError                    one of several uploads failed, all were undone
 ├── CleanUpError                       from ``raise_for_failures()`` only
+├── OwnershipError                     a prefix that another database owns, or may own
 ├── ResultSpentError (RuntimeError)    a result was used after it was settled
 └── TransactionError
     ├── UnsafeTransactionError         refused: the library could not judge how it ends
@@ -202,6 +203,21 @@ class CleanUpError(AioBlobColError):
             f"{len(self.failed)} object(s) could not be deleted and are orphans now; call the "
             f"clean-up again, or delete them yourself: {reasons}"
         )
+
+
+class OwnershipError(AioBlobColError):
+    """A prefix was not claimed, for another database owns it, or may own it.
+
+    Attributes:
+        root: what every URI under the prefix starts with.
+    """
+
+    def __init__(self, root: str, explanation: str) -> None:
+        super().__init__(root, explanation)
+        self.root, self.explanation = root, explanation
+
+    def __str__(self) -> str:
+        return f"{self.root} {self.explanation}"
 
 
 class ResultSpentError(AioBlobColError, RuntimeError):

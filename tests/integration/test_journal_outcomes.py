@@ -94,7 +94,7 @@ async def test_it_was_carried_out(wire: Wire, strength: Strength) -> None:
 
     assert unknown.outcome is Outcome.COMMITTED
     assert "was committed" in str(unknown)
-    assert set(await wire.world.check()) == set(wire.world.store.objects) != set()
+    assert set(await wire.world.check()) == set(unknown.created) != set()
 
 
 @both
@@ -116,7 +116,7 @@ async def test_it_is_still_being_carried_out(wire: Wire, strength: Strength) -> 
             unknown = await creating
 
         assert unknown.outcome is Outcome.COMMITTED
-        assert set(await wire.world.check()) == set(wire.world.store.objects) != set()
+        assert set(await wire.world.check()) == set(unknown.created) != set()
     finally:
         wire.proxy.release.set()
         async with wire.direct.engine.begin() as connection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import create_async_engine
 from support.databases import Database
 from support.journal import Journaled, open_journaled
+from support.postgres_proxy import CutMode, postgres_proxy
+from support.s3_proxy import Answer, Forward, Request, s3_proxy
 
-from aioblobcol import DeleteReport, InvalidInputError
-from aioblobcol._journal import Journal, back_off
-from aioblobcol._worker import Worker, WorkReport
-from aioblobcol.testing import MemoryStore, StoredObject
+from aioblobcol import DeleteReport, InvalidInputError, StoreClosedError, Worker, WorkReport
+from aioblobcol._journal import Journal, back_off, claim
+from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
 
 @pytest_asyncio.fixture
@@ -214,15 +219,27 @@ class TestFailures:
         assert entry.claim is None
 
     async def test_outside_of_every_store(self, journaled: Journaled) -> None:
-        """An entry that somebody else has written is never deleted through these stores."""
+        """An entry under none of its stores is another worker's: it is left as it was."""
         table = journaled.journal.table
         foreign = "s3://elsewhere/x/id=00000000000000000000000000000001"
         async with journaled.database.engine.begin() as connection:
             await connection.execute(sa.insert(table).values(uri=foreign, state="retired"))
 
+        assert await worker(journaled).run_once() == WorkReport()
+        async with journaled.database.engine.connect() as connection:
+            entry = (await connection.execute(sa.select(table))).one()
+        assert (entry.uri, entry.state, entry.attempts) == (foreign, "retired", 0)
+
+    async def test_a_key_that_is_none_of_ours(self, journaled: Journaled) -> None:
+        """One that a proxy may take for another prefix's is never deleted; the entry says why."""
+        table = journaled.journal.table
+        outside = "s3://bucket/prefix/../id=00000000000000000000000000000001"
+        async with journaled.database.engine.begin() as connection:
+            await connection.execute(sa.insert(table).values(uri=outside, state="retired"))
+
         report = await worker(journaled).run_once()
 
-        assert report.failed == {foreign: "under no store's bucket and prefix"}
+        assert report.failed == {outside: "under no store's bucket and prefix"}
 
     async def test_a_worker_that_was_killed(self, journaled: Journaled) -> None:
         """What it had claimed is taken over when its claim has run out."""
@@ -297,6 +314,39 @@ class TestRun:
 
         assert await journaled.states() == {}
 
+    async def test_in_an_application(self, database: Database) -> None:
+        """It shares the application's loop, and ends with it; as its docstring shows."""
+        store = MemoryStore()
+        async with open_journaled(database, store) as journaled:
+            uri = journaled.uri("a")
+            store.objects[uri] = StoredObject(b"x", {}, {})
+            removed = asyncio.Event()
+
+            @contextlib.asynccontextmanager
+            async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+                stop = asyncio.Event()
+                async with store, asyncio.TaskGroup() as group:
+                    on_round: Any = lambda _report: removed.set()  # noqa: E731
+                    group.create_task(worker(journaled, on_round=on_round).run(stop))
+                    yield
+                    stop.set()
+
+            app = FastAPI(lifespan=lifespan)
+            await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+            await pass_time(journaled, hours=1)
+            async with app.router.lifespan_context(app):
+                await removed.wait()
+
+            assert uri not in store.objects
+            assert await journaled.states() == {}
+
+    async def test_stores_that_are_closed(self, database: Database, s3: S3Server) -> None:
+        """That is no trouble of a server: it is raised at once."""
+        store: Any = s3.open_store(bucket="bucket", prefix="prefix")
+        async with open_journaled(database, store) as journaled:
+            with pytest.raises(StoreClosedError, match="enter it first"):
+                await worker(journaled).run(asyncio.Event())
+
     async def test_a_database_that_is_away(
         self, journaled: Journaled, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -337,5 +387,85 @@ class TestRun:
             assert sum(report.removed for each in rounds for report in each) == 300
             assert objects(journaled) == "abc"
             assert await journaled.states() == {}
-            deleted = [uri for call in memory_store.calls for uri in call[1]]
+            calls = [uris for operation, uris in memory_store.calls if operation == "delete"]
+            deleted = [uri for call in calls for uri in call]
             assert sorted(deleted) == uris
+
+
+class TestLostServers:
+    @pytest.mark.parametrize("commit", ["the claim's", "the note's"])
+    @pytest.mark.parametrize("mode", ["before_server", "after_server"])
+    async def test_the_database(
+        self, postgres: Database, memory_store: MemoryStore, mode: CutMode, commit: str
+    ) -> None:
+        """The wire is cut around a COMMIT, and the object is gone in the end all the same."""
+        async with (
+            postgres_proxy(postgres.engine.url.render_as_string(hide_password=False)) as proxy,
+            open_journaled(postgres, memory_store) as journaled,
+        ):
+            memory_store.objects[journaled.uri("a")] = StoredObject(b"x", {}, {})
+            await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+            await pass_time(journaled, hours=1)
+            engine = create_async_engine(proxy.url)
+            await claim(journaled.journal, engine)
+            stop = asyncio.Event()
+
+            def cut_the_second(step: Step) -> None:
+                if step.operation == "delete" and not proxy.commit_arrived.is_set():
+                    proxy.mode = mode
+
+            if commit == "the claim's":
+                proxy.mode = mode
+            else:
+                memory_store.hooks.append(cut_the_second)
+            poll = timedelta(milliseconds=10)
+            working = Worker(journaled.journal, engine, poll_every=poll).run(stop)
+            task = asyncio.create_task(working)
+            await proxy.commit_arrived.wait()
+            proxy.mode = "pass"
+            while await journaled.states():  # until its claim has run out
+                await pass_time(journaled, hours=1)
+            stop.set()
+            await task
+            await engine.dispose()
+
+            assert journaled.uri("a") not in memory_store.objects
+            assert await journaled.states() == {}
+
+    async def test_the_store(self, database: Database, s3: S3Server) -> None:
+        """No answer from S3: noted, tried again, and gone in the end."""
+        bucket = f"lost-{uuid.uuid4().hex}"
+        await s3.create_bucket(bucket)
+        is_down = True
+        failed, removed = asyncio.Event(), asyncio.Event()
+
+        async def cut(request: Request, forward: Forward) -> Answer:
+            is_delete = request.is_bulk_delete or request.method == "DELETE"
+            return None if is_down and is_delete else await forward()
+
+        def note(report: WorkReport) -> None:
+            (failed if report.failed else removed).set()
+
+        async with s3_proxy(s3.endpoint_url) as proxy:
+            proxy.rule = cut
+            behind = S3Server(proxy.endpoint_url)
+            store: Any = behind.open_store(bucket=bucket, prefix="app")
+            async with store, open_journaled(database, store) as journaled:
+                key = journaled.uri("a").removeprefix(f"s3://{bucket}/")
+                await store.client.put_object(Bucket=bucket, Key=key, Body=b"x")
+                await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+                await pass_time(journaled, hours=1)
+                stop = asyncio.Event()
+                poll = timedelta(milliseconds=10)
+                working = worker(journaled, poll_every=poll, on_round=note).run(stop)
+                task = asyncio.create_task(working)
+                await failed.wait()
+                assert await journaled.states() == {"a": "deleting"}
+                is_down = False
+                await pass_time(journaled, hours=1)
+                await removed.wait()
+                stop.set()
+                await task
+
+                assert journaled.uri("a") not in [uri async for uri in store.iter_uris()]
+                assert await journaled.states() == {}

@@ -75,6 +75,7 @@ class World:
 
     async def check(self) -> dict[str, bytes]:
         """Let time pass and the worker work; then both stores must agree, and nothing be left."""
+        self.store.hooks.clear()
         await self.expire_leases()
         await self.worker().drain()
         found = await assert_consistent(

@@ -49,6 +49,7 @@ from aioblobcol import (
     upload_blobs,
 )
 from aioblobcol._tasks import run_to_end
+from aioblobcol._uri import marker_uri
 from aioblobcol._worker import Worker
 from aioblobcol.errors import BlobNotFoundError, BlobSharedError, StoreUnavailableError
 from aioblobcol.testing import MemoryStore, StoredObject
@@ -768,6 +769,7 @@ class World:
         if isinstance(self.store, MemoryStore):
             await self.check_loss(uris)
             present = set(self.store.objects)
+            present.discard(marker_uri(self.store.bucket, self.store.prefix))
         else:
             async with self.store:
                 await self.check_loss(uris)
@@ -810,6 +812,7 @@ def _remove_journal(journal: Journal) -> None:
     event.remove(Base.metadata, "after_create", journal._after_create)
     event.remove(Base.metadata, "before_drop", journal._before_drop)
     Base.metadata.remove(journal.table)
+    Base.metadata.remove(journal.owners)
     Base.metadata.info.clear()
 
 

@@ -64,7 +64,8 @@ class PostgresProxy:
         async def to_server() -> None:
             nonlocal is_held
             while data := await reader.read(65536):
-                if b"COMMIT" in data and self.mode != "pass":
+                # BEGIN ISOLATION LEVEL READ COMMITTED is none
+                if b"COMMIT" in data.replace(b"COMMITTED", b"") and self.mode != "pass":
                     if self.mode == "before_server":
                         self.commit_arrived.set()
                         cut()

@@ -1,21 +1,35 @@
 """The journal's room: its table, the triggers that write it (by dialect), and its entries."""
 
 from ._columns import JournaledTable, column_of, tables_with_uris
-from ._entries import Condemned, Entries, back_off, named_by_rows
+from ._due import database_time, is_condemnable, is_unadopted, is_under, lag_of
+from ._entries import PARKED, Condemned, Entries, back_off, named_by_rows
+from ._indexes import proposed_indexes
+from ._ownership import OwnershipState, check_ownership, claim, disown
 from ._staging import Staging
 from ._table import Journal
 from ._writer import LEFT_TO_WORKER, JournalWriter
 
 __all__ = [
     "LEFT_TO_WORKER",
+    "PARKED",
     "Condemned",
     "Entries",
     "Journal",
     "JournalWriter",
     "JournaledTable",
+    "OwnershipState",
     "Staging",
     "back_off",
+    "check_ownership",
+    "claim",
     "column_of",
+    "database_time",
+    "disown",
+    "is_condemnable",
+    "is_unadopted",
+    "is_under",
+    "lag_of",
     "named_by_rows",
+    "proposed_indexes",
     "tables_with_uris",
 ]

@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
-    DateTime,
-    and_,
     delete,
     false,
-    func,
     or_,
     select,
-    type_coerce,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ._columns import JournaledTable
+from ._due import database_time, is_condemnable, is_unadopted, is_under
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from .._store._base import Store
     from ._table import Journal
 
 logger = logging.getLogger("aioblobcol.journal")
@@ -88,6 +86,7 @@ class Entries:
     def __init__(self, journal: Journal, dialect_name: str) -> None:
         self._journal = journal
         self._table = journal.table
+        self._dialect_name = dialect_name
         self._is_sqlite = dialect_name == "sqlite"
 
     async def stage(self, connection: AsyncConnection, uris: Iterable[str]) -> None:
@@ -111,7 +110,13 @@ class Entries:
         return left
 
     async def condemn(
-        self, connection: AsyncConnection, *, claim: str, limit: int, lease: timedelta
+        self,
+        connection: AsyncConnection,
+        *,
+        claim: str,
+        limit: int,
+        lease: timedelta,
+        stores: Collection[Store] | None = None,
     ) -> list[Condemned]:
         """Claim what is due: retired, staged and never adopted, or condemned and not deleted yet.
 
@@ -120,18 +125,20 @@ class Entries:
             claim: whose they are from now on.
             limit: how many at most.
             lease: when another worker may take them over.
+            stores: in which they lie; all of the journal's by default. What lies elsewhere is
+                another worker's.
         """
         table = self._table
         await self._lock_for_writing(connection)
-        now = self._after(timedelta(0))
+        is_ours = is_under(table.c.uri, self._journal.stores.values() if stores is None else stores)
         is_due = or_(
-            and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
-            and_(table.c.state == "staged", table.c.since <= self._after(-self._journal.lease)),
+            is_condemnable(table, self._dialect_name),
+            is_unadopted(table, self._dialect_name, self._journal.lease),
         )
         due = (
             await connection.execute(
                 select(table)
-                .where(is_due)
+                .where(is_due, is_ours)
                 .order_by(table.c.not_before)
                 .limit(limit)
                 .with_for_update(skip_locked=True)
@@ -151,7 +158,7 @@ class Entries:
             await connection.execute(
                 update(table)
                 .where(table.c.uri.in_(some), table.c.state != "deleting")
-                .values(state="deleting", since=now)
+                .values(state="deleting", since=self._after(timedelta(0)))
             )
             await connection.execute(
                 update(table)
@@ -320,12 +327,7 @@ class Entries:
 
     def _after(self, delay: timedelta) -> ColumnElement[Any]:
         """Return the database's time, so much later."""
-        if self._is_sqlite:
-            seconds = f"{delay.total_seconds():+f} seconds"
-            text = func.strftime("%Y-%m-%d %H:%M:%f000", "now", seconds)
-            return type_coerce(text, DateTime())
-        moment = func.clock_timestamp(type_=DateTime(timezone=True))
-        return moment + delay
+        return database_time(self._dialect_name, delay)
 
 
 async def named_by_rows(

@@ -33,6 +33,7 @@ from .._store._base import Store, named_stores
 from .._uri import root_uri
 from ..errors import InvalidColumnError, InvalidInputError
 from ._columns import JournaledTable, column_of, tables_with_uris
+from ._ownership import owners_table
 from ._postgresql import PostgresqlTriggers
 from ._sqlite import SqliteTriggers
 from ._writer import JournalWriter
@@ -75,6 +76,8 @@ class Journal:
         stores: by name.
         lease: after how long an object that is staged and that nobody has adopted is deleted.
         retention: how long an object is kept after its row let it go.
+        owner: what the configuration says whose objects they are.
+        owners: the table that says under which prefixes this database may delete.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Journal:
         lease: timedelta = timedelta(hours=1),
         retention: timedelta = timedelta(minutes=10),
         strict: bool = True,
+        owner: str | None = None,
     ) -> None:
         """Add the journal's table to *metadata*.
 
@@ -107,6 +111,9 @@ class Journal:
             retention: see the attribute; longer than a replica may lag.
             strict: False records a warning where a statement would be refused (PostgreSQL), or
                 nothing (SQLite): for a rolling deployment, as long as old programs write rows.
+            owner: of the objects, such as ``os.environ["DEPLOYMENT"]``. A copy of the database
+                that cannot be told from it otherwise (a promoted replica, a SQLite file under
+                the same path) deletes nothing where this is another one.
 
         Raises:
             InvalidInputError: no store, two of them in one place, or times that are none.
@@ -128,7 +135,9 @@ class Journal:
         self._uri_columns = [column_of(column) for column in uri_columns]
         self._metadata = metadata
         metadata.info[INFO_KEY] = self
+        self.owner = owner
         self.table = _journal_table(metadata, table_name, schema or metadata.schema)
+        self.owners = owners_table(metadata, self.table)
         event.listen(metadata, "after_create", self._after_create)
         event.listen(metadata, "before_drop", self._before_drop)
 
@@ -236,6 +245,7 @@ class Journal:
         if with_table:
             created: list[DDLElement] = [CreateTable(self.table)]
             created += map(CreateIndex, self.table.indexes)
+            created.append(CreateTable(self.owners, if_not_exists=True))
             statements += [str(each.compile(dialect=dialect)).strip() for each in created]
         triggers = self.triggers(dialect)
         statements += triggers.create_functions()

@@ -1,4 +1,4 @@
-"""The command line: ``aioblobcol demo`` for newcomers, ``aioblobcol check`` for operators.
+"""The command line: ``aioblobcol demo`` for newcomers, all other commands for operators.
 
 The only door for people without a program of their own. Typer and rich are optional, so they
 are imported when the command runs, and their absence is one line and not a traceback.

@@ -9,25 +9,23 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from sqlalchemy.exc import SQLAlchemyError
 
-from ..errors import AioBlobColError
 from ._checking import load_app, run_check
+from ._journal_commands import commands as journal_commands
+from ._options import AppName, AsJson
 from ._printing import show_end, show_scene, show_servers
-from ._scenarios import SCENARIOS, describe, play
-from ._servers import BrokenInvariantError, CannotRunError, Options, UsageError, check, open_servers
-
-INTERRUPTED: Final = 130
-"""Source: POSIX shells, 128 plus the signal's number."""
+from ._scenarios import SCENARIOS, play
+from ._servers import BrokenInvariantError, Options, check, open_servers
+from ._trouble import explaining
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Large binary columns in S3, their URIs in the row, and both stores always agree.",
 )
 
@@ -94,31 +92,15 @@ def demo(
         region=region,
         prefix=prefix,
     )
-    try:
+    with explaining("demo", interrupted="interrupted, and tidied up"):
         check(options)
         asyncio.run(run_demo(options, Console()))
-    except UsageError as exc:
-        raise typer.BadParameter(str(exc), param_hint=exc.option) from exc
-    except (CannotRunError, AioBlobColError, SQLAlchemyError) as exc:
-        text = str(exc) if isinstance(exc, CannotRunError) else f"stopped: {describe(exc)}"
-        typer.echo(f"aioblobcol demo: {text}", err=True)
-        raise typer.Exit(1) from exc
-    except KeyboardInterrupt as exc:
-        typer.echo("aioblobcol demo: interrupted, and tidied up", err=True)
-        raise typer.Exit(INTERRUPTED) from exc
 
 
 @app.command(name="check")
 def check_stores(
     *,
-    app_name: Annotated[
-        str,
-        typer.Option(
-            "--app",
-            envvar="AIOBLOBCOL_APP",
-            help="Where the BlobApp stands, such as myapp.models:blobs.",
-        ),
-    ],
+    app_name: AppName,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete the orphans that are old enough.")
     ] = False,
@@ -130,16 +112,14 @@ def check_stores(
             "Trusts this machine's clock.",
         ),
     ] = 24,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object per line, for programs.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the bucket with the rows: objects that no row names, rows whose object is missing.
 
     Reads only, unless told to delete. Every finding is looked at twice. Exit code 1: something is
     wrong, or could not be decided.
     """
-    try:
+    with explaining("check", RuntimeError):
         wrong = asyncio.run(
             run_check(
                 load_app(app_name),
@@ -149,16 +129,11 @@ def check_stores(
                 console=Console(stderr=True),
             )
         )
-    except UsageError as exc:
-        raise typer.BadParameter(str(exc), param_hint=exc.option) from exc
-    except (AioBlobColError, SQLAlchemyError, OSError, RuntimeError) as exc:
-        typer.echo(f"aioblobcol check: stopped: {describe(exc)}", err=True)
-        raise typer.Exit(1) from exc
-    except KeyboardInterrupt as exc:
-        typer.echo("aioblobcol check: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from exc
     if wrong:
         raise typer.Exit(1)
+
+
+app.add_typer(journal_commands)
 
 
 async def run_demo(options: Options, console: Console) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._blob import Blob
+from .._uri import marker_uri
 from ..errors import StoreError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ async def assert_consistent(
             losses[uri] = "holds other bytes than its SHA-256 says"
     _fail_if(losses, "LOSS")
     present = {uri async for uri in store.iter_uris()}
+    present.discard(marker_uri(store.bucket, store.prefix))
     found_orphans = present - set(named)
     unexpected = found_orphans - set(orphans)
     _fail_if(sorted(unexpected), "LEAK: no row names")

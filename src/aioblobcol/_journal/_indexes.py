@@ -1,0 +1,53 @@
+"""Indexes on the columns with URIs, for who asks whether a row names an object.
+
+The worker and the check do, for each object that they are about to delete. They are proposals: a
+table that is read through once per batch needs none while it is small.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import CHAR, PrimaryKeyConstraint, UniqueConstraint
+
+from ._columns import JournaledTable, UriColumn, quoted
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+
+    from ._table import Journal
+
+
+def proposed_indexes(journal: Journal, dialect: Dialect) -> list[str]:
+    """Return statements that create the indexes which are not declared; they may be repeated."""
+    is_sqlite = dialect.name == "sqlite"
+    statements = []
+    for journaled in journal.journaled_tables:
+        table = quoted(dialect, journaled.table.name, None if is_sqlite else journaled.table.schema)
+        schema = journaled.table.schema if is_sqlite else None
+        for column in journaled.columns:
+            # SQLite takes no index for an expression with parameters, as the question has one
+            if _is_indexed(journaled, column) or (is_sqlite and column.is_json):
+                continue
+            name = quoted(dialect, journaled.identifier(f"uri_{column.name}"), schema)
+            expression = _expression(column, quoted(dialect, column.name))
+            statements.append(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({expression})")
+    return statements
+
+
+def _expression(column: UriColumn, name: str) -> str:
+    if column.is_json:
+        return f"({name} ->> 'uri')"
+    return f"CAST({name} AS TEXT)" if isinstance(column.column.type, CHAR) else name
+
+
+def _is_indexed(journaled: JournaledTable, column: UriColumn) -> bool:
+    """Tell whether an index that is declared begins with the column."""
+    table = journaled.table
+    declared = [list(index.expressions) for index in table.indexes]
+    declared += [
+        list(each.columns)
+        for each in table.constraints
+        if isinstance(each, (UniqueConstraint, PrimaryKeyConstraint))
+    ]
+    return any(bool(columns) and columns[0] is column.column for columns in declared)
