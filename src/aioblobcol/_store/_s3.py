@@ -29,6 +29,7 @@ from ._base import (
     DESCRIBING_ARGUMENTS,
     CopyRequest,
     DeleteReport,
+    ListedObject,
     ObjectInfo,
     ObjectReader,
     PutRequest,
@@ -40,7 +41,7 @@ from ._metadata import decode_metadata
 from ._presign import content_disposition, expiry_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -393,15 +394,32 @@ class S3Store:
 
     async def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix, in the order of the keys' bytes."""
+        async with contextlib.aclosing(self.iter_objects()) as listed:
+            async for each in listed:
+                yield each.uri
+
+    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+        """List the objects under the prefix that come after a URI, 1,000 per request.
+
+        In the order of the keys' bytes, as S3 has it; directory buckets have no order.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+
+        Source: Amazon S3 API Reference, ListObjectsV2 (StartAfter, order of the answer).
+        """
         root = root_uri(self._bucket, self._prefix)
         arguments: dict[str, Any] = {"Bucket": self._bucket}
         if self._prefix:
             arguments["Prefix"] = f"{self._prefix}/"
+        if start_after:
+            # any key that was listed, also one that the library would refuse
+            arguments["StartAfter"] = start_after.removeprefix(f"s3://{self._bucket}/")
         while True:
             with translating("list", root):
                 page = await self.client.list_objects_v2(**arguments)
             for entry in page.get("Contents", ()):
-                yield f"s3://{self._bucket}/{entry['Key']}"
+                yield ListedObject(f"s3://{self._bucket}/{entry['Key']}", entry["Size"])
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
