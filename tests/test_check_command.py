@@ -84,6 +84,26 @@ async def run(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+ENDED = """
+import asyncio
+import signal
+import aioblobcol._check._check as check
+
+check.PROGRESS_EVERY = 1
+all_of_it = store.iter_objects
+
+async def iter_objects(*, start_after=""):
+    number = 0
+    async for each in all_of_it(start_after=start_after):
+        yield each
+        number += 1
+        if number == 3 and "SIGNAL" in os.environ:
+            os.kill(os.getpid(), signal.Signals[os.environ["SIGNAL"]])
+            await asyncio.sleep(3600)
+
+store.iter_objects = iter_objects
+"""
+
 JOURNAL = """
 from aioblobcol import Journal
 
@@ -267,6 +287,33 @@ class TestState:
         assert code == 1
         assert out.endswith("0 objects, 0 cells: 1 found before\n")
 
+    @pytest.mark.parametrize(("name", "expected"), [("SIGINT", 130), ("SIGKILL", -9)])
+    async def test_is_there_after(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path, name: str, expected: int
+    ) -> None:
+        """However a check is ended, the next one goes on, and both together find everything."""
+        with (tmp_path / "shop_models.py").open("a") as module:
+            module.write(ENDED)
+        uris = await fill("a", "b", "c", "d")
+        for each in "abcd":
+            await forget(each)
+        code, out, err = await run(*arguments, "--json", SIGNAL=name)
+        before = [json.loads(line)["uri"] for line in out.splitlines()]
+
+        assert code == expected
+        assert "Traceback" not in err
+        assert len(before) < len(uris)
+        assert (tmp_path / "check.json").exists()
+        if expected == 130:
+            assert "run it again" in err
+
+        code, out, _ = await run(*arguments, "--json")
+        lines = [json.loads(line) for line in out.splitlines()]
+        after = [line["uri"] for line in lines if "uri" in line]
+        assert code == 1
+        assert {*before, *after} == set(uris)
+        assert not (tmp_path / "check.json").exists()
+
     async def test_stays_when_it_is_stopped(
         self, run: Run, arguments: tuple[str, ...], tmp_path: Path
     ) -> None:
@@ -316,8 +363,9 @@ class TestState:
             raise OSError("no space left")
 
         monkeypatch.setattr("os.fsync", full)
+        kept.note("s3://bucket/", [], wrong=3)  # so soon it is kept, and not written
         with pytest.raises(UsageError, match="no space left"):
-            kept.note("s3://bucket/", [], wrong=3)
+            kept.write()
         read = CheckState.load(kept.path, kept.options)
 
         assert read.left("s3://bucket/") == [KeyRange("s3://bucket/a")]

@@ -551,6 +551,24 @@ class TestListing:
         assert [each.uri for each in found] == [uri_in(store, name) for name in ("b", "b/c", "é")]
         assert len(pages) == 2
 
+    async def test_leaves_out_what_nobody_reads(self, s3_store: S3Store) -> None:
+        """Only for itself: whoever asks the same client gets all, and no key is changed by it."""
+        odd = "prefix/<ETag>x</ETag>&lt;"
+        await s3_store.client.put_object(Bucket=s3_store.bucket, Key=odd, Body=b"xx")
+        answers: list[set[str]] = []
+
+        def note(parsed: dict[str, Any], **_: Any) -> None:
+            answers.append(set(parsed["Contents"][0]))
+
+        s3_store.client.meta.events.register("after-call.s3.ListObjectsV2", note)
+        found = [each async for each in s3_store.iter_objects()]
+        page = await s3_store.client.list_objects_v2(Bucket=s3_store.bucket)
+
+        assert found == [(f"s3://{s3_store.bucket}/{odd}", 2)]
+        assert answers[0] == {"Key", "Size"}
+        assert answers[1] >= {"Key", "Size", "LastModified", "ETag", "StorageClass"}
+        assert page["Contents"][0]["Key"] == odd
+
 
 class TestOneAct:
     async def test_over_two_buckets(self, proxy: S3Proxy, s3: S3Server, store: S3Store) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ._servers import UsageError
 
 STATE_OPTION = "--state"
 VERSION = 1
+SECONDS_BETWEEN_WRITES = 1.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +37,7 @@ class CheckState:
     options: Mapping[str, Any]
     _left: dict[str, list[KeyRange]] = dataclasses.field(default_factory=dict)
     _wrong: dict[str, int] = dataclasses.field(default_factory=dict)
+    _written: float = -math.inf
 
     @classmethod
     def load(cls, path: Path | None, options: Mapping[str, Any]) -> CheckState:
@@ -48,7 +52,7 @@ class CheckState:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            state._write()  # what cannot be written is told before hours of work
+            state.write()  # what cannot be written is told before hours of work
             return state
         except (OSError, ValueError) as exc:
             raise UsageError(STATE_OPTION, f"cannot read {path}: {exc}") from exc
@@ -85,29 +89,24 @@ class CheckState:
         return self._wrong.get(root, 0)
 
     def note(self, root: str, left: Sequence[KeyRange], wrong: int) -> None:
-        """Keep what is left of a store, and how much is wrong so far.
+        """Keep what is left of a store, and how much is wrong so far; written once a second.
 
         Raises:
             UsageError: the file cannot be written.
         """
         self._left[root], self._wrong[root] = list(left), wrong
-        self._write()
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self.write()
 
-    def remove(self) -> None:
-        """Forget it: all is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+    def write(self) -> None:
+        """Write what was noted.
 
-    def _take(self, kept: Any) -> None:
-        if kept["version"] != VERSION:
-            raise ValueError("another version")
-        for root, store in kept["stores"].items():
-            self._left[root] = [KeyRange(after, up_to) for after, up_to in store["left"]]
-            self._wrong[root] = int(store["wrong"])
-
-    def _write(self) -> None:
+        Raises:
+            UsageError: the file cannot be written.
+        """
         if self.path is None:
             return
+        self._written = time.monotonic()
         stores = {
             root: {
                 "left": [(each.after, each.up_to) for each in left],
@@ -127,3 +126,15 @@ class CheckState:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
             raise UsageError(STATE_OPTION, f"cannot write {self.path}: {exc}") from exc
+
+    def remove(self) -> None:
+        """Forget it: all is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _take(self, kept: Any) -> None:
+        if kept["version"] != VERSION:
+            raise ValueError("another version")
+        for root, store in kept["stores"].items():
+            self._left[root] = [KeyRange(after, up_to) for after, up_to in store["left"]]
+            self._wrong[root] = int(store["wrong"])

@@ -101,6 +101,10 @@ async def run_check(app: BlobApp, options: CheckOptions, console: Console) -> in
         await _warn_of_missing_triggers(app, talk)
         for name, store in _distinct(app).items():
             wrong += await _StoreCheck(app, name, store, options, state, talk).run()
+    except BaseException:
+        with contextlib.suppress(UsageError):  # what has stopped it comes first
+            state.write()
+        raise
     finally:
         await app.engine.dispose()
     state.remove()

@@ -141,7 +141,8 @@ def check_stores(
         typer.Option(
             min=1,
             help="Look at so many ranges of keys at the same time. Each lists a part of the "
-            "bucket and reads all tables; worth it where the bucket is far away.",
+            "bucket and reads all tables, on a connection of its own; worth it where the bucket is "
+            "far away.",
         ),
     ] = 1,
     state: Annotated[
