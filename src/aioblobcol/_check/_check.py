@@ -245,7 +245,7 @@ class Check:
 
     @contextlib.asynccontextmanager
     async def _connect_again(self) -> AsyncIterator[AsyncConnection]:
-        """Give one to a job that has one already: to one at a time, or all would wait for all."""
+        """Give one to a job that has one already: to one at a time, to go easy on the pool."""
         async with self._looking_again, self._connect() as connection:
             yield connection
 

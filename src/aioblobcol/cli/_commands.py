@@ -133,7 +133,8 @@ def check_stores(
         typer.Option(
             min=0,
             help="Younger objects are no orphans: their transactions may be under way. "
-            "Trusts this machine's clock. With a journal, 0 is safe.",
+            "Trusts this machine's clock. With a journal whose triggers are all there and strict, "
+            "0 is safe.",
         ),
     ] = 24,
     jobs: Annotated[
