@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
+import re
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
@@ -17,6 +20,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
 from aioblobcol import Blob, BlobApp, InvalidInputError, blob_sessionmaker, open_store
+from aioblobcol._check import FindingKind, KeyRange
+from aioblobcol.cli._check_state import CheckState
+from aioblobcol.cli._servers import UsageError
 from aioblobcol.testing import MemoryStore, S3Server
 
 MODULE = """
@@ -40,6 +46,8 @@ store = open_store(
 )
 blobs = BlobApp(engine=engine, stores={"default": store, "the same": store}, metadata=Base.metadata)
 """
+
+KINDS = (FindingKind.DANGLING, FindingKind.ORPHAN)
 
 pytestmark = pytest.mark.slow  # a process for each test
 
@@ -76,6 +84,49 @@ async def run(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+ENDED = """
+import asyncio
+import signal
+import aioblobcol._check._check as check
+
+if "SIGNAL" in os.environ:  # not in the tests' own process, which imports this, too
+    check.PROGRESS_EVERY = 1
+all_of_it = store.iter_objects
+
+async def iter_objects(*, start_after=""):
+    number = 0
+    async for each in all_of_it(start_after=start_after):
+        yield each
+        number += 1
+        if number == 3 and "SIGNAL" in os.environ:
+            os.kill(os.getpid(), signal.Signals[os.environ["SIGNAL"]])
+            await asyncio.sleep(3600)
+
+store.iter_objects = iter_objects
+"""
+
+JOURNAL = """
+from aioblobcol import Journal
+
+class Missing(Journal):
+    def missing_triggers(self, connection):
+        return ["tasks", "pages"]
+
+journal = Missing(Base.metadata, store)
+blobs = BlobApp(engine=engine, stores=store, metadata=Base.metadata, journal=journal)
+"""
+
+
+def read_all(terminal: int) -> str:
+    """Return what was written to a terminal until its other end was closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux tells the end
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    return shown.decode()
+
+
 async def fill(*names: str) -> list[str]:
     """Commit rows with a blob each, and return the URIs."""
     import shop_models  # type: ignore[import-not-found]  # noqa: PLC0415 - the fixture wrote it
@@ -110,9 +161,7 @@ class TestOutput:
         code, out, err = await run("--app", "shop_models:blobs")
 
         assert (code, err) == (0, "")
-        assert out.splitlines()[-1].endswith(
-            "app/: 2 objects, 2 cells: 0 orphan, 0 dangling, 0 shared"
-        )
+        assert out.splitlines()[-1].endswith("app/: 2 objects, 2 cells: nothing wrong")
         assert len(out.splitlines()) == 1
 
     async def test_findings(self, run: Run) -> None:
@@ -123,7 +172,7 @@ class TestOutput:
 
         async with shop_models.store:
             await shop_models.store.delete_many([second])
-        code, out, _ = await run("--min-age-hours", "0", AIOBLOBCOL_APP="shop_models:blobs")
+        code, out, err = await run("--min-age-hours", "0", AIOBLOBCOL_APP="shop_models:blobs")
 
         assert code == 1
         *findings, summary = out.splitlines()
@@ -131,7 +180,10 @@ class TestOutput:
             ("orphan", first),
             ("dangling", second),
         }
-        assert "1 orphan, 1 dangling, 0 shared" in summary
+        assert "1 orphan" in summary
+        assert "1 dangling" in summary
+        meanings = [f"{kind.value}: {kind.meaning}" for kind in KINDS]
+        assert err.splitlines() == meanings  # the worst first
 
     async def test_what_is_young(self, run: Run) -> None:
         """By default an object of today is no orphan."""
@@ -140,7 +192,7 @@ class TestOutput:
         code, out, _ = await run("--app", "shop_models:blobs")
 
         assert code == 0
-        assert "1 objects, 0 cells: 0 orphan" in out
+        assert "1 objects, 0 cells: nothing wrong" in out
 
     async def test_for_programs(self, run: Run) -> None:
         """JSON lines: findings with all that is known, the summary last."""
@@ -168,7 +220,8 @@ class TestOutput:
             arguments = ("--app", "shop_models:blobs", "--min-age-hours", "0", *more)
             code, out, err = await run(*arguments, PYTHONIOENCODING="ascii")
 
-            assert (code, err) == (1, "")
+            assert code == 1
+            assert "Traceback" not in err
             assert out.isascii()
             assert "app/\\" in out
 
@@ -180,10 +233,189 @@ class TestOutput:
         code, out, _ = await run(*arguments, "--delete")
 
         assert code == 0
-        assert "1 orphan, 0 dangling, 0 shared, 1 deleted" in out
+        assert "1 orphan, 1 deleted" in out
         code, out, _ = await run(*arguments)
         assert code == 0
-        assert "1 objects, 1 cells: 0 orphan" in out
+        assert "1 objects, 1 cells: nothing wrong" in out
+
+
+class TestState:
+    """A file that keeps how far a check is."""
+
+    @pytest.fixture
+    def arguments(self, tmp_path: Path) -> tuple[str, ...]:
+        path = str(tmp_path / "check.json")
+        return ("--app", "shop_models:blobs", "--min-age-hours", "0", "--state", path)
+
+    def root(self) -> str:
+        return f"s3://{os.environ['BUCKET']}/app/"
+
+    def kept(self, tmp_path: Path) -> CheckState:
+        """Give the state of the checks of these tests."""
+        return CheckState(tmp_path / "check.json", {"delete": False, "min_age_hours": 0.0})
+
+    async def test_goes_when_all_is_done(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """A check that comes to its end leaves nothing, whatever it has found."""
+        await fill("a", "b")
+        await forget("a")
+        code, out, err = await run(*arguments, "--jobs", "3")
+
+        assert code == 1
+        assert "1 orphan" in out
+        assert "going on" not in err
+        assert not (tmp_path / "check.json").exists()
+
+    async def test_goes_on(self, run: Run, arguments: tuple[str, ...], tmp_path: Path) -> None:
+        """Only what is left is looked at; what was wrong before still makes the exit code 1."""
+        first, second, third = sorted(await fill("a", "b", "c"))
+        for name in "abc":
+            await forget(name)
+        left = [KeyRange(first, second), KeyRange(third, None)]
+        self.kept(tmp_path).note(self.root(), left, wrong=1)
+        code, out, err = await run(*arguments, "--json")
+
+        assert code == 1
+        finding, summary = map(json.loads, out.splitlines()[1:])
+        assert finding["uri"] == second
+        assert summary["summary"]["found_before"] == 1
+        assert summary["summary"]["objects"] == 1
+        assert "1 found before are not printed again" in err
+
+        self.kept(tmp_path).note(self.root(), [KeyRange(third, None)], wrong=1)
+        code, out, _ = await run(*arguments)
+        assert code == 1
+        assert out.endswith("0 objects, 0 cells: 1 found before\n")
+
+    @pytest.mark.parametrize(("name", "expected"), [("SIGINT", 130), ("SIGKILL", -9)])
+    async def test_is_there_after(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path, name: str, expected: int
+    ) -> None:
+        """However a check is ended, the next one goes on, and both together find everything."""
+        with (tmp_path / "shop_models.py").open("a") as module:
+            module.write(ENDED)
+        uris = await fill("a", "b", "c", "d")
+        for each in "abcd":
+            await forget(each)
+        code, out, err = await run(*arguments, "--json", SIGNAL=name)
+        before = [json.loads(line)["uri"] for line in out.splitlines()]
+
+        assert code == expected
+        assert "Traceback" not in err
+        assert len(before) < len(uris)
+        assert (tmp_path / "check.json").exists()
+        if expected == 130:
+            assert "run it again" in err
+
+        code, out, _ = await run(*arguments, "--json")
+        lines = [json.loads(line) for line in out.splitlines()]
+        after = [line["uri"] for line in lines if "uri" in line]
+        assert code == 1
+        assert {*before, *after} == set(uris)
+        assert not (tmp_path / "check.json").exists()
+
+    async def test_stays_when_it_is_stopped(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """After an error the file is there, and the next run takes it up."""
+        await fill("a")
+        code, _, err = await run(*arguments, BUCKET="no-such-bucket-at-all")
+        assert (code, (tmp_path / "check.json").exists()) == (1, True)
+        assert "Traceback" not in err
+
+        code, out, _ = await run(*arguments)
+        assert code == 0
+        assert "1 objects, 1 cells: nothing wrong" in out
+        assert not (tmp_path / "check.json").exists()
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "stores": 3}'])
+    def test_that_is_none(self, tmp_path: Path, text: str) -> None:
+        """A file of something else is refused, and left as it is."""
+        path = tmp_path / "check.json"
+        path.write_text(text)
+        with pytest.raises(UsageError, match=r"check\.json"):
+            CheckState.load(path, {})
+
+        assert path.read_text() == text
+
+    async def test_of_another_check(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """A check that deletes does not go on where one that only reads was."""
+        self.kept(tmp_path).note(self.root(), [KeyRange()], wrong=0)
+        code, out, err = await run(*arguments, "--delete")
+
+        assert (code, out) == (2, "")
+        assert "other options" in " ".join(err.split())
+        assert "Traceback" not in err
+
+    def test_that_cannot_be_written(self, tmp_path: Path) -> None:
+        """It is told before anything is looked at."""
+        with pytest.raises(UsageError, match="cannot write"):
+            CheckState.load(tmp_path / "no such directory" / "check.json", {})
+
+    def test_that_is_half_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever happens while it is written, the file is the one before."""
+        kept = self.kept(tmp_path)
+        kept.note("s3://bucket/", [KeyRange("s3://bucket/a")], wrong=2)
+
+        def full(_: int) -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setattr("os.fsync", full)
+        kept.note("s3://bucket/", [], wrong=3)  # so soon it is kept, and not written
+        with pytest.raises(UsageError, match="no space left"):
+            kept.write()
+        read = CheckState.load(kept.path, kept.options)
+
+        assert read.left("s3://bucket/") == [KeyRange("s3://bucket/a")]
+        assert (read.wrong("s3://bucket/"), read.wrong_before) == (2, 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
+
+
+class TestTerminal:
+    async def test_a_bar(self, run: Run, tmp_path: Path) -> None:
+        """It is on stderr, and findings are on stdout alone, whole in one line."""
+        first, _ = await fill("a", "b")
+        await forget("a")
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "aioblobcol.cli", "check", "--app", "shop_models:blobs"]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            *("--min-age-hours", "0"),
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(theirs)
+        shown = asyncio.create_task(asyncio.to_thread(read_all, ours))
+        out, _ = await process.communicate()
+        err = await shown
+
+        assert process.returncode == 1
+        assert [line.split()[:2] for line in out.decode().splitlines()[:-1]] == [["orphan", first]]
+        assert "\x1b" not in out.decode()
+        assert "default" in err
+        assert "100% 2 objects, 1 cells" in re.sub(r"\x1b\[[0-9;]*m", "", err)
+
+
+class TestTriggers:
+    @pytest.mark.parametrize("arguments", [(), ("--json",)])
+    async def test_that_are_missing(
+        self, run: Run, tmp_path: Path, arguments: tuple[str, ...]
+    ) -> None:
+        """Tables that write past the journal are named, and are no finding."""
+        with (tmp_path / "shop_models.py").open("a") as module:
+            module.write(JOURNAL)
+        await fill()
+        code, out, err = await run("--app", "shop_models:blobs", *arguments)
+
+        assert (code, "tasks, pages" in err) == (0, True)
+        if arguments:
+            warning = json.loads(out.splitlines()[0])["warning"]
+            assert "tasks, pages" in warning
 
 
 class TestTrouble:

@@ -35,7 +35,7 @@ from aioblobcol._sources import HASH_INLINE_BYTES, read_payload
 from aioblobcol._store._base import READ_CHUNK_BYTES, CopyRequest, PutRequest
 from aioblobcol._store._metadata import encode_metadata
 from aioblobcol._transfer import Upload, upload_each
-from aioblobcol.testing import S3Server
+from aioblobcol.testing import MemoryStore, S3Server, StoredObject
 
 Forward = Callable[[], Awaitable[bytes]]
 
@@ -505,6 +505,69 @@ class TestPresign:
         ) as store:
             with pytest.raises(StoreAccessError, match="cannot presign"):
                 await store.presign("s3://bucket/a", expires_in=timedelta(hours=1))
+
+
+class TestListing:
+    @pytest_asyncio.fixture
+    async def listed(self, s3_store: S3Store) -> S3Store:
+        for number, key in enumerate(("prefix/a", "prefix/b", "prefix/b/c", "prefix/é", "other")):
+            await s3_store.client.put_object(Bucket=s3_store.bucket, Key=key, Body=b"x" * number)
+        return s3_store
+
+    async def test_tells_sizes(self, listed: S3Store) -> None:
+        """The objects under the prefix, sorted by bytes, with their sizes."""
+        found = [each async for each in listed.iter_objects()]
+
+        names = ("a", "b", "b/c", "é")
+        assert found == [(uri_in(listed, name), size) for size, name in enumerate(names)]
+
+    @pytest.mark.parametrize(
+        ("after", "left"), [("b", ["b/c", "é"]), ("aa", ["b", "b/c", "é"]), ("é", [])]
+    )
+    async def test_after_a_uri(self, listed: S3Store, after: str, left: list[str]) -> None:
+        """It goes on after any URI, whether that is there or not; in memory, too."""
+        in_memory = MemoryStore(bucket=listed.bucket)
+        in_memory.objects = {uri: StoredObject(b"", {}, {}) async for uri in listed.iter_uris()}
+        async with in_memory:
+            for store in (listed, in_memory):
+                after_uri = uri_in(listed, after)
+                found = [each.uri async for each in store.iter_objects(start_after=after_uri)]
+
+                assert found == [uri_in(listed, name) for name in left]
+
+    async def test_page_after_page(self, listed: S3Store, s3: S3Server) -> None:
+        """Of more than one page none is lost or repeated."""
+        pages = []
+
+        def two_at_once(params: dict[str, Any], **_: Any) -> None:
+            pages.append(params)
+            params["url"] += "&max-keys=2"
+
+        async with s3.open_store(bucket=listed.bucket) as store:
+            event = "before-call.s3.ListObjectsV2"
+            store.client.meta.events.register(event, two_at_once)
+            found = [each async for each in store.iter_objects(start_after=uri_in(store, "a"))]
+
+        assert [each.uri for each in found] == [uri_in(store, name) for name in ("b", "b/c", "é")]
+        assert len(pages) == 2
+
+    async def test_leaves_out_what_nobody_reads(self, s3_store: S3Store) -> None:
+        """Only for itself: whoever asks the same client gets all, and no key is changed by it."""
+        odd = "prefix/<ETag>x</ETag>&lt;"
+        await s3_store.client.put_object(Bucket=s3_store.bucket, Key=odd, Body=b"xx")
+        answers: list[set[str]] = []
+
+        def note(parsed: dict[str, Any], **_: Any) -> None:
+            answers.append(set(parsed["Contents"][0]))
+
+        s3_store.client.meta.events.register("after-call.s3.ListObjectsV2", note)
+        found = [each async for each in s3_store.iter_objects()]
+        page = await s3_store.client.list_objects_v2(Bucket=s3_store.bucket)
+
+        assert found == [(f"s3://{s3_store.bucket}/{odd}", 2)]
+        assert answers[0] == {"Key", "Size"}
+        assert answers[1] >= {"Key", "Size", "LastModified", "ETag", "StorageClass"}
+        assert page["Contents"][0]["Key"] == odd
 
 
 class TestOneAct:

@@ -82,6 +82,8 @@ async def stores() -> None:
         assert_type(await store.delete_many(["s3://b/p/k"]), DeleteReport)
         async for uri in store.iter_uris():
             assert_type(uri, str)
+        async for each in store.iter_objects(start_after="s3://b/p/k"):
+            assert_type(each.size, int)
     a_store: Store = store
     a_store = MemoryStore()
     assert_type(a_store.bucket, str)

@@ -13,10 +13,18 @@ import heapq
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from .._sources import Payload
 from .._tasks import Background, run_to_end
@@ -103,6 +111,13 @@ class ObjectInfo:
     content_type: str | None = None
     modified_at: datetime | None = None
     etag: str | None = None
+
+
+class ListedObject(NamedTuple):
+    """What a listing tells of an object: its URI, and its size in bytes."""
+
+    uri: str
+    size: int
 
 
 class ObjectReader:
@@ -257,6 +272,17 @@ class Store(Protocol):
 
     def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix."""
+
+    def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+        """List the objects under the prefix in the order of the bytes of their URIs.
+
+        Args:
+            start_after: a URI under the prefix, whether it is there or not: only what comes
+                after it is listed.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+        """
 
 
 def is_owned(store: Store, uri: str) -> bool:

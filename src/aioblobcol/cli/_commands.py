@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ._checking import load_app, run_check
+from ._checking import CheckOptions, load_app, run_check
 from ._journal_commands import commands as journal_commands
-from ._options import AppName, AsJson
+from ._options import AppName
 from ._printing import show_end, show_scene, show_servers
 from ._scenarios import SCENARIOS, play
 from ._servers import BrokenInvariantError, Options, check, open_servers
@@ -102,33 +103,71 @@ def check_stores(
     *,
     app_name: AppName,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete the orphans that are old enough.")
+        bool,
+        typer.Option(
+            "--delete",
+            help="Delete the orphans that are old enough: with a journal its worker does, so that "
+            "nobody can take them into use meanwhile. Nothing else is ever deleted.",
+        ),
     ] = False,
     min_age_hours: Annotated[
         float,
         typer.Option(
             min=0,
             help="Younger objects are no orphans: their transactions may be under way. "
-            "Trusts this machine's clock.",
+            "Trusts this machine's clock. With a journal whose triggers are all there and strict, "
+            "0 is safe.",
         ),
     ] = 24,
-    as_json: AsJson = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Look at so many ranges of keys at the same time. Each lists a part of the "
+            "bucket and reads all tables, on a connection of its own; worth it where the bucket is "
+            "far away.",
+        ),
+    ] = 1,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that keeps how far it is: an interrupted check goes on there when it is "
+            "run again with the same options. Removed when all is done.",
+            show_default="none, it would begin anew",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print a JSON object per line, for programs: findings, then a summary for each "
+            "store.",
+        ),
+    ] = False,
 ) -> None:
-    """Compare the bucket with the rows: objects that no row names, rows whose object is missing.
+    """Compare the bucket with the rows, in both directions, and with the journal if there is one.
 
-    Reads only, unless told to delete. Every finding is looked at twice. Exit code 1: something is
-    wrong, or could not be decided.
+    Finds rows whose object is missing or has another size (dangling, size_mismatch), or is about
+    to be deleted (doomed), objects that several cells name (shared), entries of the journal that
+    nobody deals with (stuck), and objects that no row names (orphan). Every finding is looked at
+    twice before it is printed.
+
+    Reads only, unless told to delete. Run it without --delete first: if a model is not imported,
+    all of its objects look like orphans.
+
+    Exit code 0: all is well, or was deleted. 1: something is wrong, or could not be decided.
+    2: an option is unusable. 130: interrupted.
     """
-    with explaining("check", RuntimeError):
-        wrong = asyncio.run(
-            run_check(
-                load_app(app_name),
-                delete=delete,
-                min_age=timedelta(hours=min_age_hours),
-                as_json=as_json,
-                console=Console(stderr=True),
-            )
-        )
+    options = CheckOptions(
+        delete=delete,
+        min_age=timedelta(hours=min_age_hours),
+        jobs=jobs,
+        state_path=state,
+        as_json=as_json,
+    )
+    more = "" if state is None else f"; run it again to go on from what {state} says is left"
+    with explaining("check", RuntimeError, interrupted=f"interrupted{more}"):
+        wrong = asyncio.run(run_check(load_app(app_name), options, Console(stderr=True)))
     if wrong:
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
@@ -19,6 +19,7 @@ from .._store._base import (
     DESCRIBING_ARGUMENTS,
     CopyRequest,
     DeleteReport,
+    ListedObject,
     ObjectInfo,
     ObjectReader,
     PutRequest,
@@ -307,10 +308,16 @@ class MemoryStore:
 
     async def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix, in the order of the keys' bytes."""
+        async for each in self.iter_objects():
+            yield each.uri
+
+    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+        """List the objects under the prefix that come after a URI, as they are at this moment."""
         self.runtime  # noqa: B018 - raises when closed
-        for uri in sorted(self.objects, key=str.encode):
-            if is_owned(self, uri):
-                yield uri
+        sizes = {uri: len(stored.body) for uri, stored in self.objects.items()}
+        for uri in sorted(sizes, key=str.encode):
+            if uri > start_after and is_owned(self, uri):
+                yield ListedObject(uri, sizes[uri])
 
     async def _store(
         self, operation: Literal["put", "copy"], uri: str, stored: StoredObject
