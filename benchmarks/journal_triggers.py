@@ -227,7 +227,7 @@ async def _on_postgresql(directory: str, *, rounds: int, rows: int, entries: int
     try:
         driver = await asyncpg.connect(server.get_uri())
         bench = Bench(Postgresql(driver), rows=rows)
-        await bench.prepare(postgresql.dialect(), entries=entries)
+        await bench.prepare(postgresql.dialect(), entries=entries)  # type: ignore[no-untyped-call]
         print(f"PostgreSQL {await driver.fetchval('SHOW server_version')}")
         await compare(bench, rounds=rounds)
         await driver.close()
