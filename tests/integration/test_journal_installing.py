@@ -20,14 +20,14 @@ from aioblobcol.testing import MemoryStore
 
 @pytest_asyncio.fixture
 async def journaled(database: Database, memory_store: MemoryStore) -> AsyncIterator[Journaled]:
-    """Do so on each database in turn."""
+    """Give tables with the journal's triggers, on each database in turn."""
     async with open_journaled(database, memory_store) as opened:
         yield opened
 
 
 @pytest_asyncio.fixture
 async def on_postgres(postgres: Database, memory_store: MemoryStore) -> AsyncIterator[Journaled]:
-    """Do so on PostgreSQL alone."""
+    """Give them on PostgreSQL alone."""
     async with open_journaled(postgres, memory_store) as opened:
         yield opened
 
@@ -158,6 +158,17 @@ class TestTheCheck:
         with pytest.raises(DBAPIError, match=r"no (such )?table.*aioblobcol_journal"):
             await install(journaled)
 
+    async def test_some_tables_without_the_journal(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """A journaled table is not created without its triggers, nor they without the journal."""
+        metadata = sa.MetaData()
+        table = blob_table("early", metadata)
+        Journal(metadata, memory_store, table_name="late_journal")
+        with pytest.raises(DBAPIError, match=r"no (such )?table.*late_journal"):
+            async with created(database, metadata, [table]):
+                pass
+
 
 class TestMissingTriggers:
     async def test_none(self, journaled: Journaled) -> None:
@@ -207,6 +218,24 @@ class TestMissingTriggers:
 
         assert gone == []
         assert await missing(journaled) == ["journaled_pages"]
+
+    async def test_a_table_made_by_itself(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """One that was not created by `create_all` has none, and `create_all` gives it none."""
+        metadata = sa.MetaData()
+        journal = Journal(metadata, memory_store)
+        journaled = Journaled(database, memory_store, journal)
+        async with created(database, metadata):
+            table = blob_table("alone", metadata)
+            async with database.engine.begin() as connection:
+                await connection.run_sync(table.create)
+                await connection.run_sync(metadata.create_all)
+            lost = await missing(journaled)
+            await install(journaled)
+
+            assert lost == ["alone"]
+            assert await missing(journaled) == []
 
     @pytest.mark.parametrize(
         ("how", "expected"),

@@ -1,9 +1,10 @@
 """The triggers on SQLite: at row level, on the difference between the cells of one row.
 
 A swap between two rows is refused, for each row is looked at by itself. ``INSERT OR REPLACE`` runs
-the DELETE trigger of the row that goes only with ``PRAGMA recursive_triggers=on``.
+the DELETE trigger of the row that goes only with ``PRAGMA recursive_triggers=on``. Of several
+triggers the newest runs first, so that an archive which is written by a newer one is refused.
 
-Invariants: as on PostgreSQL. The messages cannot name the URI (SQLite takes literals only).
+Invariants: as on PostgreSQL. What a trigger raises cannot name the URI (it is a literal).
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class SqliteTriggers:
         """Return the statements that install the triggers of the tables in *only*."""
         if not only:
             return []
-        # the first one takes the lock for writing
-        statements = [f"DELETE FROM {self._place.name_of(self._place.journal)} WHERE 0"]
+        journal = self._place.name_of(self._place.journal)
+        # takes the lock for writing, also where a driver begins with the first change only
+        lock = f"DELETE FROM {journal} WHERE 0 /* in one transaction with all that follows */"
+        statements = [lock]
         statements.append(self._refuse_shared(tables))
         for journaled in only:
             statements += self.drop(journaled)
