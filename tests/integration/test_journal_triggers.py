@@ -34,6 +34,7 @@ from support.journal import Journaled, open_journaled
 from aioblobcol import BlobType, InvalidInputError
 from aioblobcol._journal import Journal
 from aioblobcol._store._base import is_owned
+from aioblobcol._uri import is_one_attempt
 from aioblobcol.testing import MemoryStore
 
 
@@ -267,6 +268,20 @@ class TestForeign:
         )
 
         assert not is_owned(journaled.store, uri)
+        assert await journaled.states() == {}
+
+    @pytest.mark.parametrize(
+        "end", ["id=" + 31 * "1", "id=" + 33 * "1", "id=" + 31 * "1" + "A", "xid=" + 32 * "1"]
+    )
+    async def test_keys_without_an_id(self, journaled: Journaled, end: str) -> None:
+        """What does not end in exactly an id may be shared, and is left alone."""
+        await journaled.run(
+            f"UPDATE <docs> SET body = 's3://bucket/prefix/x/{end}' WHERE name = 'q'",
+            f"UPDATE <docs> SET body = 's3://bucket/prefix/{end}' WHERE name = 'q'",
+            "UPDATE <docs> SET body = NULL WHERE name = 'q'",
+        )
+
+        assert not is_one_attempt(f"s3://bucket/prefix/x/{end}")
         assert await journaled.states() == {}
 
     @pytest.mark.parametrize("segments", ["", "a.b/..c/", ".../", "x/.hidden/"])

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-OWN_ID = "/id=[0-9a-f]{32}$"
 NO_SEGMENT = r"/\.{0,2}/"
 HINT = (
     "stage an object before a row names it (sessions of the journal and put_s3(journal=) do, other "
@@ -146,7 +145,10 @@ ORDER BY 1""",
             f"AND substr({uri}, {len(root)}) !~ {literal(NO_SEGMENT)}"
             for root in self._roots
         )
-        return f"({under}) AND {uri} ~ {literal(OWN_ID)}"
+        return (
+            f"({under}) AND left(right({uri}, 36), 4) = '/id=' "  # a third of a pattern's time
+            f"AND translate(right({uri}, 32), '0123456789abcdef', '') = ''"
+        )
 
     def _cells(self, journaled: JournaledTable, source: str, *, with_owner: bool = False) -> str:
         """Select the own URIs of the rows of *source*, one for each cell, with its owner."""

@@ -188,11 +188,11 @@ class SqliteTriggers:
             is_owed = f"(claim IS {literal(LET_GO)} AND since = {NOW})"
             lines.append(
                 f"DELETE FROM {self._entries} WHERE uri = {uri} AND state <> 'deleting' "
-                f"AND NOT {is_owed} AND {is_new}"
+                f"AND NOT {is_owed} AND ({was}) = 0"
             )
             lines.append(
                 f"UPDATE {self._entries} SET claim = NULL WHERE uri = {uri} AND {is_owed} "
-                f"AND {is_new}"
+                f"AND ({was}) = 0"
             )
             if before:  # one object in two cells of the row that it was in already
                 times = self._times(uri, "NEW.", journaled.columns)
@@ -211,9 +211,7 @@ class SqliteTriggers:
         lines = []
         for column in journaled.columns:
             uri = f"({self._uri('OLD.', column)})"
-            is_gone = self._is_own(uri)
-            if after:
-                is_gone += f" AND ({self._times(uri, 'NEW.', after)}) = 0"
+            is_gone = f"({self._times(uri, 'NEW.', after) if after else '0'}) = 0"
             owner = (
                 f"json_object('table', {table}, 'column', {literal(column.name)}, "
                 f"'key', json_array({key}))"
@@ -225,7 +223,8 @@ class SqliteTriggers:
             )
             lines.append(
                 f"INSERT INTO {self._entries} (uri, state, since, not_before, owner) "
-                f"SELECT {uri}, 'retired', {NOW}, {self._due}, {owner} WHERE {is_gone} "
+                f"SELECT {uri}, 'retired', {NOW}, {self._due}, {owner} "
+                f"WHERE {self._is_own(uri)} AND {is_gone} "
                 f"AND NOT EXISTS (SELECT 1 FROM {self._entries} WHERE uri = {uri})"
             )
         return lines
