@@ -117,6 +117,12 @@ class TestTheCheck:
             with pytest.raises(DBAPIError, match="several cells"):
                 await installs
 
+    async def test_several_at_one_time(self, on_postgres: Journaled) -> None:
+        """Processes that start together may each install; one waits for the other."""
+        await asyncio.gather(*(install(on_postgres) for _ in range(4)))
+
+        assert await missing(on_postgres) == []
+
     async def test_an_old_snapshot(self, on_postgres: Journaled) -> None:
         """Rows that it would not see are a reason to refuse; empty tables have none."""
         journaled = on_postgres
@@ -140,6 +146,7 @@ class TestTheCheck:
             for statement in (
                 "CREATE ROLE journal_owner",
                 "GRANT ALL ON SCHEMA public TO journal_owner",
+                "ALTER TABLE aioblobcol_journal OWNER TO journal_owner",
                 "ALTER TABLE <docs> OWNER TO journal_owner",
                 "ALTER TABLE journaled_pages OWNER TO journal_owner",
                 "ALTER TABLE <docs> FORCE ROW LEVEL SECURITY",

@@ -80,8 +80,11 @@ END"""
             _block(f"""
 DECLARE
     path text := {PATH};
+    path_before text := current_setting('search_path');
 BEGIN
+    {self._begin()}
     {_run(create, f"{self._stage}(text)")}
+    PERFORM set_config('search_path', path_before, true);
 END""")
         ]
 
@@ -312,6 +315,15 @@ END"""
             f"{literal(head)}, {literal(tail)})"
         )
 
+    def _begin(self) -> str:
+        """Fix what names mean, and have only one install at a time; writers do not wait yet."""
+        return f"""PERFORM set_config('search_path', path, true);
+    IF to_regclass({literal(self._entries)}) IS NULL THEN
+        RAISE EXCEPTION 'aioblobcol: there is no table %', {literal(self._entries)}
+            USING HINT = 'create the journal''s table first, or together with the others';
+    END IF;
+    LOCK TABLE {self._entries} IN SHARE UPDATE EXCLUSIVE MODE;"""
+
     def _install(self, given: str, functions: str) -> str:
         tree = f"WITH RECURSIVE given (name, is_chosen, function, head, tail) AS (VALUES\n{given}\n"
         tree += f"        ), {TREE}"
@@ -328,11 +340,8 @@ DECLARE
     has_rows boolean;
     leaf record;
 BEGIN
-    PERFORM set_config('search_path', path, true), set_config('row_security', 'off', true);
-    IF to_regclass({literal(self._entries)}) IS NULL THEN
-        RAISE EXCEPTION 'aioblobcol: there is no table %', {literal(self._entries)}
-            USING HINT = 'create the journal''s table first, or together with the others';
-    END IF;
+    {self._begin()}
+    PERFORM set_config('row_security', 'off', true);
     {tree}
     SELECT array_agg(root ORDER BY name) FILTER (WHERE is_chosen),
         array_agg(root ORDER BY name) FILTER (WHERE NOT is_chosen)
