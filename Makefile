@@ -48,9 +48,10 @@ lint-imports: $(VENV)/installed-dev
 lint-compose: $(VENV)/installed-dev
 	$(BIN)/check-jsonschema --builtin-schema $(COMPOSE_SCHEMA) docker-compose.yml
 
-bench: $(VENV)/installed-demo ## time creates and updates, and what managed columns cost in CPU
+bench: $(VENV)/installed-demo ## time creates and updates, managed columns and the journal's triggers
 	$(BIN)/python benchmarks/create_row.py $(ARGS)
 	$(BIN)/python benchmarks/managed_create.py
+	$(BIN)/python benchmarks/journal_triggers.py
 
 build: $(VENV)/installed-dev ## build the wheel and the source archive into dist/
 	rm -rf dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from support.databases import Database
 
-from aioblobcol import BlobType
+from aioblobcol import BlobType, Journal
 from aioblobcol.alembic import render_item
+from aioblobcol.testing import MemoryStore
 
 OPTIONS = {"compare_type": True, "render_item": render_item}
 ENV = """
@@ -48,6 +50,53 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     ${downgrades if downgrades else "pass"}
+"""
+
+MIGRATION = """
+import sqlalchemy as sa
+from alembic import context, op
+
+from aioblobcol import Journal
+from aioblobcol.alembic import create_journal_triggers, drop_journal_triggers
+
+revision = {revision!r}
+down_revision = {after!r}
+journal = Journal.of(context.config.attributes["metadata"])
+
+
+def upgrade() -> None:
+    {upgrade}
+
+
+def downgrade() -> None:
+    {downgrade}
+"""
+FIRST = """
+    op.create_table(
+        "docs",
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("html", sa.Text(), nullable=False),
+        sa.Column("scan", sa.JSON().with_variant(sa.dialects.postgresql.JSONB(), "postgresql")),
+    )
+    op.create_table(journal.table.name, *(column._copy() for column in journal.table.columns))
+    create_journal_triggers(op, journal)
+"""
+FIRST_BACK = """
+    drop_journal_triggers(op, journal)
+    op.drop_table("docs")
+    op.drop_table(journal.table.name)
+"""
+SECOND = """
+    drop_journal_triggers(op, journal)
+    with op.batch_alter_table("docs", recreate=RECREATE) as batch:
+        batch.add_column(sa.Column("thumb", sa.Text()))
+    create_journal_triggers(op, journal)
+"""
+SECOND_BACK = """
+    drop_journal_triggers(op, journal)
+    with op.batch_alter_table("docs") as batch:
+        batch.drop_column("thumb")
+    create_journal_triggers(op, journal)
 """
 
 
@@ -88,6 +137,7 @@ class Project:
         (path / "versions").mkdir()
         (path / "env.py").write_text(ENV)
         (path / "script.py.mako").write_text(SCRIPT)
+        self._versions = path / "versions"
         self._config = Config()
         self._config.set_main_option("script_location", str(path))
         self._database = database
@@ -99,11 +149,25 @@ class Project:
         )
         return Path(script.path).read_text()  # noqa: ASYNC240 - a small file
 
-    async def upgrade(self, target: sa.MetaData) -> None:
-        await self._run(target, {}, lambda: command.upgrade(self._config, "head"))
+    async def upgrade(self, target: sa.MetaData, revision: str = "head") -> None:
+        await self._run(target, {}, lambda: command.upgrade(self._config, revision))
 
-    async def downgrade(self, target: sa.MetaData) -> None:
-        await self._run(target, {}, lambda: command.downgrade(self._config, "base"))
+    async def downgrade(self, target: sa.MetaData, revision: str = "base") -> None:
+        await self._run(target, {}, lambda: command.downgrade(self._config, revision))
+
+    def write(self, revision: str, after: str | None, upgrade: str, downgrade: str) -> None:
+        """Write a migration as a user does."""
+        self._versions.joinpath(f"{revision}.py").write_text(
+            MIGRATION.format(
+                revision=revision, after=after, upgrade=upgrade.strip(), downgrade=downgrade.strip()
+            )
+        )
+
+    async def printed(self, target: sa.MetaData, revisions: str) -> str:
+        """Return what `upgrade --sql` prints."""
+        self._config.output_buffer = buffer = io.StringIO()
+        await self._run(target, {}, lambda: command.upgrade(self._config, revisions, sql=True))
+        return buffer.getvalue()
 
     async def _run(self, target: sa.MetaData, options: dict[str, Any], act: Any) -> Any:
         def run(connection: Connection) -> Any:
@@ -219,6 +283,107 @@ class TestAMigration:
         ((change,),) = await differences(empty, other)
 
         assert change[:4] == ("modify_type", None, "docs", "html")
+
+
+PREFIX = "s3://bucket/at 100%:x/y's"
+
+
+class TestTriggers:
+    @pytest.fixture
+    def target(self) -> sa.MetaData:
+        """Models of the newest revision, with a journal."""
+        target = metadata(sa.Column("thumb", BlobType()))
+        Journal(target, MemoryStore(bucket="bucket", prefix=PREFIX.removeprefix("s3://bucket/")))
+        return target
+
+    @pytest.fixture
+    def project(self, project: Project, empty: Database) -> Project:
+        """Two migrations; the second one makes the table anew on SQLite."""
+        recreate = "always" if empty.is_sqlite else "auto"
+        project.write("one", None, FIRST, FIRST_BACK)
+        second = SECOND.replace("RECREATE", repr(recreate))
+        project.write("two", "one", second, SECOND_BACK)
+        return project
+
+    async def _missing(self, database: Database, target: sa.MetaData) -> list[str]:
+        journal = Journal.of(target)
+        assert journal is not None
+        async with database.engine.connect() as connection:
+            return await connection.run_sync(journal.missing_triggers)
+
+    async def _write(self, database: Database, *statements: str) -> list[tuple[str, str]]:
+        uris = {name: f"{PREFIX}/x/id={name * 32}".replace("'", "''") for name in "abc"}
+        async with database.engine.begin() as connection:
+            for statement in statements:
+                filled = statement.format(**{name: f"'{uri}'" for name, uri in uris.items()})
+                await connection.exec_driver_sql(filled)
+            found = await connection.exec_driver_sql("SELECT uri, state FROM aioblobcol_journal")
+            return sorted((row.uri[-1], row.state) for row in found)
+
+    async def test_in_migrations(
+        self, project: Project, empty: Database, target: sa.MetaData
+    ) -> None:
+        """They stand after each migration, for the columns of its time, and go with the last."""
+        stage = "INSERT INTO aioblobcol_journal (uri, state) VALUES ({}, 'staged')"
+        insert = "INSERT INTO docs (id, html) VALUES (1, {a})"
+        await project.upgrade(target, "one")
+        first = await self._write(empty, stage.replace("{}", "{a}"), insert)
+        lost = [await self._missing(empty, target)]
+        await project.upgrade(target)
+        lost.append(await self._missing(empty, target))
+        second = await self._write(
+            empty,
+            *(stage.replace("{}", each) for each in ("{b}", "{c}")),
+            "UPDATE docs SET html = {b}, thumb = {c}",
+        )
+        await project.downgrade(target, "one")
+        lost.append(await self._missing(empty, target))
+        third = await self._write(empty, "DELETE FROM docs")
+        await project.downgrade(target)
+
+        assert first == []
+        assert second == [("a", "retired")]
+        assert third == [("a", "retired"), ("b", "retired")]
+        assert lost == [[], [], []]
+        assert await self._missing(empty, target) == []
+
+    async def test_batch_mode(self, project: Project, empty: Database, target: sa.MetaData) -> None:
+        """A table that was made anew without them is found."""
+        project.write(
+            "two", "one", SECOND.rpartition("create_")[0].replace("RECREATE", "'always'"), "pass"
+        )
+        await project.upgrade(target)
+
+        assert await self._missing(empty, target) == ["docs"]
+
+    async def test_printed(
+        self, project: Project, empty: Database, target: sa.MetaData, tmp_path: Path
+    ) -> None:
+        """What `--sql` prints runs, whatever the prefix holds."""
+        project.write(
+            "two",
+            "one",
+            "op.add_column('docs', sa.Column('thumb', sa.Text()))\n"
+            "    drop_journal_triggers(op, journal)\n"
+            "    create_journal_triggers(op, journal)",
+            "pass",
+        )
+        if empty.is_sqlite:  # cannot pass over columns that are not there yet
+            project.write("one", None, FIRST.rpartition("create_")[0], "pass")
+        script = await project.printed(target, "head")
+        async with empty.engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            driver: Any = raw.driver_connection
+            await (driver.executescript if empty.is_sqlite else driver.execute)(script)
+        found = await self._write(
+            empty,
+            "INSERT INTO aioblobcol_journal (uri, state) VALUES ({a}, 'staged')",
+            "INSERT INTO docs (id, html) VALUES (1, {a})",
+            "DELETE FROM docs",
+        )
+
+        assert found == [("a", "retired")]
+        assert await self._missing(empty, target) == []
 
 
 def rendered(**options: Any) -> str:

@@ -1,4 +1,18 @@
-"""The journal's triggers: what each statement adopts, retires and refuses, on both databases."""
+"""The journal's triggers: what each statement adopts, retires and refuses, on both databases.
+
+The reproductions of the design's review that are about triggers, and the tests that cover them:
+
+* r03, statements: `TestStatements` (the cases "the same again", "move to another row", "twice in a
+  transaction", "there and back", upserts, "copy of a row"), `test_a_swap_of_rows`, `test_merge`,
+  `test_move_in_one_statement` (archive), `test_cells_of_two_tables` and `test_cells_that_share`
+  (objects shared from before), `test_deletes_at_one_time`, `test_partitions`, `test_truncate*`;
+  adoption bypassed is the worker's.
+* r14, SQLite: `TestSqlite` (REPLACE), `test_a_swap_of_rows`, `test_a_cascade`.
+* r16, statement level: `test_partitions`, `test_moves_between_partitions`, `test_merge`,
+  `test_copy`, `test_a_cascade`.
+
+How they are installed is in `test_journal_installing`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +33,8 @@ from support.journal import Journaled, open_journaled
 
 from aioblobcol import BlobType, InvalidInputError
 from aioblobcol._journal import Journal
+from aioblobcol._store._base import is_owned
+from aioblobcol._uri import is_one_attempt
 from aioblobcol.testing import MemoryStore
 
 
@@ -142,6 +158,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "several cells|live",
     ),
     "being deleted": ("UPDATE <docs> SET body = <e> WHERE name = 'p'", "being deleted"),
+    "copy of a row": (
+        "INSERT INTO <docs> (name, body) SELECT 'z', body FROM <docs> WHERE name = 'p'",
+        "live in another",
+    ),
     "two cells of a new row": (
         "INSERT INTO <docs> (name, body, \"URL\") VALUES ('r', <d>, <d>)",
         "several cells|another cell|live",
@@ -231,6 +251,155 @@ class TestStatements:
         assert json.loads(owner or "")["key"] == ["p", "7"]
 
 
+def odd(segments: str) -> str:
+    return f"s3://bucket/prefix/{segments}id={'0' * 31}1"
+
+
+class TestForeign:
+    @pytest.mark.parametrize("segments", ["/", "x//", "./", "x/../", "..//", "x/./y/"])
+    async def test_keys_that_may_be_read_otherwise(
+        self, journaled: Journaled, segments: str
+    ) -> None:
+        """The worker would not delete an object of such a name, so it is nobody's to retire."""
+        uri = odd(segments)
+        await journaled.run(
+            f"UPDATE <docs> SET title = 'x', body = '{uri}' WHERE name = 'q'",
+            "UPDATE <docs> SET body = NULL WHERE name = 'q'",
+        )
+
+        assert not is_owned(journaled.store, uri)
+        assert await journaled.states() == {}
+
+    @pytest.mark.parametrize(
+        "end", ["id=" + 31 * "1", "id=" + 33 * "1", "id=" + 31 * "1" + "A", "xid=" + 32 * "1"]
+    )
+    async def test_keys_without_an_id(self, journaled: Journaled, end: str) -> None:
+        """What does not end in exactly an id may be shared, and is left alone."""
+        await journaled.run(
+            f"UPDATE <docs> SET body = 's3://bucket/prefix/x/{end}' WHERE name = 'q'",
+            f"UPDATE <docs> SET body = 's3://bucket/prefix/{end}' WHERE name = 'q'",
+            "UPDATE <docs> SET body = NULL WHERE name = 'q'",
+        )
+
+        assert not is_one_attempt(f"s3://bucket/prefix/x/{end}")
+        assert await journaled.states() == {}
+
+    @pytest.mark.parametrize("segments", ["", "a.b/..c/", ".../", "x/.hidden/"])
+    async def test_keys_that_may_not(self, journaled: Journaled, segments: str) -> None:
+        """Dots in names are nothing special."""
+        uri = odd(segments)
+        with pytest.raises(DBAPIError, match="never staged"):
+            await journaled.run(f"UPDATE <docs> SET body = '{uri}' WHERE name = 'q'")
+
+        assert is_owned(journaled.store, uri)
+
+
+LETS_GO = "UPDATE <docs> SET body = NULL WHERE name = 'r'"
+MOVES = (
+    LETS_GO,
+    "INSERT INTO journaled_pages (doc, number, text) VALUES ('q', 1, <d>)",
+)
+
+
+async def add_trigger(journaled: Journaled, event: str, *statements: str) -> None:
+    """Have the user's own row trigger run on <docs>, before ours and, on SQLite, after it."""
+    text = "; ".join(statements)
+    condition = "OLD.name = 'p'" if event == "DELETE" else "NEW.name = 'r' AND NEW.body IS NOT NULL"
+    if journaled.database.is_sqlite:
+        await journaled.run(
+            f"CREATE TRIGGER a_user AFTER {event} ON <docs> WHEN {condition} BEGIN {text}; END"
+        )
+        return
+    await journaled.run(
+        "CREATE OR REPLACE FUNCTION a_user() RETURNS trigger LANGUAGE plpgsql "
+        f"AS $$ BEGIN {text}; RETURN NULL; END $$",
+        f"CREATE TRIGGER a_user AFTER {event} ON <docs> FOR EACH ROW WHEN ({condition}) "
+        "EXECUTE FUNCTION a_user()",
+    )
+
+
+class TestTriggersOfOthers:
+    @pytest.fixture(params=["theirs is newer", "ours is newer"])
+    def is_newer(self, request: pytest.FixtureRequest) -> bool:
+        """Which one was created last, which decides on SQLite."""
+        return str(request.param) == "ours is newer"
+
+    async def _renew(self, journaled: Journaled) -> None:
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.create_triggers)
+
+    async def test_letting_go_at_once(self, journaled: Journaled, *, is_newer: bool) -> None:
+        """What their trigger empties in the same statement is retired."""
+        await add_trigger(journaled, "INSERT", LETS_GO)
+        if is_newer:
+            await self._renew(journaled)
+        await journaled.stage("d")
+        await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>)")
+
+        assert await journaled.states() == {"d": "retired"}
+
+    async def test_letting_go_of_what_was_retired(
+        self, journaled: Journaled, *, is_newer: bool
+    ) -> None:
+        """So is what was retired before and taken back; and it can be taken back once more."""
+        await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+        await add_trigger(journaled, "INSERT", LETS_GO)
+        if is_newer:
+            await self._renew(journaled)
+        await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <a>)")
+        between = await journaled.states()
+        await journaled.run("UPDATE <docs> SET body = <a> WHERE name = 'p'")
+
+        assert between == {"a": "retired"}
+        assert await journaled.states() == {}
+
+    @pytest.mark.parametrize("statements", [MOVES, MOVES[::-1]])
+    async def test_moving_at_once(
+        self, journaled: Journaled, statements: tuple[str, ...], *, is_newer: bool
+    ) -> None:
+        """What their trigger moves to another row is live there, or the statement is refused."""
+        await add_trigger(journaled, "INSERT", *statements)
+        if is_newer:
+            await self._renew(journaled)
+        await journaled.stage("d")
+        try:
+            await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>)")
+        except DBAPIError as exc:
+            assert statements == MOVES[::-1]
+            assert "live in another" in str(exc)  # noqa: PT017 - only of that case
+            assert await journaled.states() == {"d": "staged"}
+        else:
+            assert await journaled.states() == {}
+
+    async def test_an_archive_by_rows(self, journaled: Journaled) -> None:
+        """A copy that is written before ours has run is refused with its reason."""
+        await add_trigger(
+            journaled, "DELETE", "INSERT INTO <docs> (name, body) VALUES ('old', OLD.body)"
+        )
+        with pytest.raises(DBAPIError, match="let go by the statement"):
+            await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+
+        assert await journaled.states() == {}
+
+    async def test_an_archive_by_statements(self, journaled: Journaled) -> None:
+        """One that runs after ours takes the object over."""
+        if journaled.database.is_sqlite:  # where the newest trigger runs first
+            await add_trigger(
+                journaled, "DELETE", "INSERT INTO <docs> (name, body) VALUES ('old', OLD.body)"
+            )
+            await self._renew(journaled)
+        else:
+            await journaled.run(
+                "CREATE OR REPLACE FUNCTION z_user() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "INSERT INTO <docs> (name, body) SELECT 'old', body FROM gone; RETURN NULL; END $$",
+                "CREATE TRIGGER z_user AFTER DELETE ON <docs> REFERENCING OLD TABLE AS gone "
+                "FOR EACH STATEMENT EXECUTE FUNCTION z_user()",
+            )
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+
+        assert await journaled.states() == {"b": "retired"}
+
+
 class TestPostgresql:
     @pytest_asyncio.fixture
     async def journaled(
@@ -288,6 +457,87 @@ class TestPostgresql:
         await journaled.run("TRUNCATE <docs> CASCADE")
 
         assert await journaled.states() == dict.fromkeys("abcd", "retired")
+
+    async def test_truncate_of_a_parent_alone(self, journaled: Journaled) -> None:
+        """Rows of a table that inherits stay, and so do their objects."""
+        await journaled.run("CREATE TABLE more_docs () INHERITS (<docs>)")
+        try:
+            async with journaled.database.engine.begin() as connection:
+                await connection.run_sync(journaled.journal.create_triggers)
+            await journaled.stage("d")
+            await journaled.run(
+                "INSERT INTO more_docs (name, body) VALUES ('m', <d>)",
+                "DELETE FROM journaled_pages",
+                "ALTER TABLE journaled_pages DROP CONSTRAINT journaled_pages_doc_fkey",
+                "TRUNCATE ONLY <docs>",
+            )
+            first = await journaled.states()
+            await journaled.run("TRUNCATE <docs>")
+
+            assert first == dict.fromkeys("abc", "retired")
+            assert await journaled.states() == dict.fromkeys("abcd", "retired")
+        finally:
+            await journaled.run("DROP TABLE more_docs")
+
+    async def test_truncate_of_rows_that_are_not_seen(self, journaled: Journaled) -> None:
+        """Under row-level security it is refused, for rows would be overlooked."""
+        with pytest.raises(DBAPIError, match="affected by row-level security"):
+            await journaled.run(
+                "CREATE ROLE journal_cleaner",
+                "GRANT ALL ON <docs>, journaled_pages, aioblobcol_journal TO journal_cleaner",
+                "ALTER TABLE <docs> ENABLE ROW LEVEL SECURITY",
+                "SET LOCAL ROLE journal_cleaner",
+                "TRUNCATE <docs> CASCADE",
+            )
+
+        assert await journaled.states() == {}
+
+    async def test_deletes_at_one_time(self, journaled: Journaled) -> None:
+        """Two that let one object go, shared from before the journal, do not fail each other."""
+        await journaled.run(
+            "ALTER TABLE <docs> DISABLE TRIGGER USER",
+            "INSERT INTO <docs> (name, body) VALUES ('r', <f>), ('s', <f>)",
+            "ALTER TABLE <docs> ENABLE TRIGGER USER",
+        )
+        async with journaled.database.engine.connect() as first:
+            await first.exec_driver_sql(journaled.filled("DELETE FROM <docs> WHERE name = 'r'"))
+            second = asyncio.create_task(journaled.run("DELETE FROM <docs> WHERE name = 's'"))
+            waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            while not second.done() and not await first.scalar(waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await first.commit()
+            await second
+
+        assert await journaled.states() == {"f": "retired"}
+
+    async def test_json_that_is_no_text(self, journaled: Journaled) -> None:
+        """What PostgreSQL's json takes and cannot turn into text does no harm."""
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "journaled_json",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("scan", sa.JSON),
+        )
+        Journal(metadata, journaled.store, table_name="json_journal", uri_columns=[table.c.scan])
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        try:
+            uri = journaled.uri("d")
+            text = rf"""{{"uri": "{uri}", "note": "\u0000 \\u0000"}}"""
+            await journaled.run(
+                r"""INSERT INTO journaled_json VALUES (1, '{"note": "\u0000"}'), (2, '[1]')""",
+                f"INSERT INTO json_journal (uri, state) VALUES ('{uri}', 'staged')",
+                f"UPDATE journaled_json SET scan = '{text}' WHERE id = 1",
+            )
+            async with journaled.database.engine.connect() as connection:
+                entries = sa.text("SELECT count(*) FROM json_journal")
+                assert await connection.scalar(entries) == 0
+                await connection.exec_driver_sql("DELETE FROM journaled_json")
+                assert await connection.scalar(entries) == 1
+        finally:
+            async with journaled.database.engine.begin() as connection:
+                await connection.run_sync(metadata.drop_all)
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
     async def test_truncate_with_an_old_snapshot(self, journaled: Journaled, level: str) -> None:
@@ -402,6 +652,163 @@ class TestPostgresql:
         finally:
             async with journaled.database.engine.begin() as connection:
                 await connection.run_sync(parts.drop)
+
+    async def test_moves_between_partitions(self, journaled: Journaled) -> None:
+        """With a new object, by an upsert, by MERGE, and on a partition by its name."""
+        metadata = sa.MetaData()
+        sa.Table(
+            "journaled_parts",
+            metadata,
+            sa.Column("kind", sa.Integer, primary_key=True),
+            sa.Column("number", sa.Integer, primary_key=True),
+            sa.Column("body", BlobType()),
+            postgresql_partition_by="LIST (kind)",
+        )
+        journal = Journal(metadata, journaled.store)
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(metadata.tables["journaled_parts"].create)
+            for kind in (1, 2):
+                await connection.exec_driver_sql(
+                    f"CREATE TABLE journaled_parts_{kind} PARTITION OF journaled_parts "
+                    f"FOR VALUES IN ({kind})"
+                )
+            await connection.run_sync(journal.create_triggers)
+        try:
+            await journaled.stage("d", "e", "f")
+            await journaled.run("INSERT INTO journaled_parts VALUES (1, 1, <d>), (2, 2, <e>)")
+            await journaled.run(
+                "UPDATE journaled_parts SET kind = 3 - kind, "
+                "body = CASE number WHEN 1 THEN <e> ELSE <d> END"
+            )
+            assert await journaled.states() == {"f": "staged"}
+            await journaled.run("UPDATE journaled_parts SET kind = 1, body = <f> WHERE number = 1")
+            assert await journaled.states() == {"e": "retired"}
+            await journaled.run(
+                "INSERT INTO journaled_parts VALUES (1, 1, <e>) "
+                "ON CONFLICT (kind, number) DO UPDATE SET body = excluded.body",
+                "UPDATE journaled_parts_1 SET body = <f> WHERE number = 1",
+                "MERGE INTO journaled_parts AS t USING (VALUES (1, <e>), (7, <f>)) AS g (n, b) "
+                "ON t.number = g.n AND t.kind = 1 WHEN MATCHED THEN UPDATE SET body = g.b "
+                "WHEN NOT MATCHED THEN INSERT VALUES (2, g.n, g.b)",
+            )
+            assert await journaled.states() == {}
+            await journaled.run("DELETE FROM journaled_parts")
+            assert await journaled.states() == dict.fromkeys("def", "retired")
+        finally:
+            async with journaled.database.engine.begin() as connection:
+                await connection.run_sync(metadata.tables["journaled_parts"].drop)
+
+
+class TestSqlite:
+    @pytest_asyncio.fixture
+    async def journaled(
+        self, sqlite: Database, memory_store: MemoryStore
+    ) -> AsyncIterator[Journaled]:
+        """The same tables, on SQLite alone."""
+        async with open_journaled(sqlite, memory_store) as opened:
+            yield opened
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "UPDATE OR REPLACE <docs> SET body = NULL WHERE name = 'q'",
+            "UPDATE OR REPLACE <docs> SET name = 'p' WHERE name = 'q'",
+            "INSERT OR REPLACE INTO <docs> (name, body) VALUES ('q', NULL)",
+            "INSERT OR REPLACE INTO <docs> (name, body) VALUES ('p', NULL)",
+        ],
+    )
+    async def test_replacing_what_is_condemned(self, journaled: Journaled, statement: str) -> None:
+        """A statement's REPLACE does not reach the journal: what is being deleted stays so."""
+        table = journaled.journal.table
+        await journaled.run(
+            *journaled.journal.drop_ddl(journaled.database.engine.dialect),
+            "UPDATE <docs> SET body = <e> WHERE name IN ('p', 'q')",
+        )
+        async with journaled.database.engine.begin() as connection:
+            values = {"uri": journaled.uri("e"), "state": "deleting", "claim": "w"}
+            await connection.execute(sa.insert(table).values(values))
+        await journaled.run("UPDATE <docs> SET body = NULL WHERE name = 'p'")
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.create_triggers)
+        await journaled.run("PRAGMA recursive_triggers = on", statement)
+
+        async with journaled.database.engine.connect() as connection:
+            is_e = table.c.uri == journaled.uri("e")
+            found = (await connection.execute(sa.select(table).where(is_e))).one()
+        assert (found.state, found.claim) == ("deleting", "w")
+
+    @pytest.mark.parametrize("verb", ["INSERT OR REPLACE", "REPLACE"])
+    async def test_replacing_by_what_is_condemned(self, journaled: Journaled, verb: str) -> None:
+        """Nobody takes over what is being deleted, whatever the conflict clause."""
+        table = journaled.journal.table
+        async with journaled.database.engine.begin() as connection:
+            values = {"uri": journaled.uri("e"), "state": "deleting"}
+            await connection.execute(sa.insert(table).values(values))
+        for statement in (
+            f"{verb} INTO <docs> (name, body) VALUES ('p', <e>)",
+            "UPDATE OR REPLACE <docs> SET body = <e> WHERE name = 'p'",
+        ):
+            with pytest.raises(DBAPIError, match="being deleted"):
+                await journaled.run(statement)
+
+        assert await journaled.states() == {"e": "deleting"}
+
+    async def test_replacing_a_row(self, journaled: Journaled) -> None:
+        """With the pragma that the library sets, the row that goes retires its objects."""
+        await journaled.stage("d")
+        await journaled.run(
+            "PRAGMA recursive_triggers = on",
+            "INSERT OR REPLACE INTO <docs> (name, body) VALUES ('p', <d>)",
+        )
+
+        assert await journaled.states() == {"a": "retired", "b": "retired"}
+
+    @pytest.mark.parametrize("text", ["{broken", "", "[1, 2]", '"x"', "5"])
+    async def test_json_that_is_none(self, journaled: Journaled, text: str) -> None:
+        """Text that is no JSON, or no object, names nothing and does no harm."""
+        await journaled.run(
+            f"UPDATE <docs> SET scan = '{text}' WHERE name = 'q'",
+            "UPDATE <docs> SET title = 'x', scan = NULL WHERE name = 'q'",
+            f"INSERT INTO <docs> (name, scan) VALUES ('r', '{text}')",
+            "DELETE FROM <docs> WHERE name = 'r'",
+        )
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.create_triggers)
+
+        assert await journaled.states() == {}
+
+    async def test_a_nul_character(self, journaled: Journaled) -> None:
+        """A name with one is no object's."""
+        uri = journaled.uri("d")
+        await journaled.run(
+            f"UPDATE <docs> SET body = '{uri}' || char(0) || 'x' WHERE name = 'q'",
+            "UPDATE <docs> SET body = NULL WHERE name = 'q'",
+        )
+
+        assert await journaled.states() == {}
+
+    async def test_a_column_of_any_name(self, sqlite: Database, memory_store: MemoryStore) -> None:
+        """Its name is nothing that the triggers read."""
+        metadata = sa.MetaData()
+        sa.Table(
+            "odd",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("a OR b", BlobType()),
+            sa.Column("{0} -- '", BlobType()),
+        )
+        journaled = Journaled(sqlite, memory_store, Journal(metadata, memory_store))
+        async with sqlite.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        await journaled.stage("a", "b")
+        await journaled.run("""INSERT INTO odd VALUES (1, <a>, NULL), (2, NULL, <b>)""")
+        with pytest.raises(DBAPIError, match="several cells"):
+            await journaled.run("""UPDATE odd SET "{0} -- '" = "a OR b" WHERE id = 1""")
+        await journaled.run("""UPDATE odd SET "a OR b" = "{0} -- '", "{0} -- '" = "a OR b" """)
+        assert await journaled.states() == {}
+        await journaled.run("DELETE FROM odd")
+
+        assert await journaled.states() == {"a": "retired", "b": "retired"}
 
 
 class TestInstalling:

@@ -1,6 +1,7 @@
-"""What the triggers of one table need to know: its columns with URIs, its key, what is foreign.
+"""What the triggers of one table need to know: its columns with URIs, its key, its name.
 
-Pure: text in, text out; the dialects write SQL with it.
+Text in, text out, but for `present`, which asks a database what it has; the dialects write SQL
+with it.
 """
 
 from __future__ import annotations
@@ -9,18 +10,32 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CHAR, JSON, Column, MetaData, String, Table, Text, cast, type_coerce
+from sqlalchemy import (
+    CHAR,
+    JSON,
+    Column,
+    MetaData,
+    String,
+    Table,
+    Text,
+    cast,
+    inspect,
+    type_coerce,
+)
 
 from .._column import BlobType
 from ..errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement
+    from sqlalchemy.engine import Connection, Dialect
 
 MAX_IDENTIFIER_BYTES = 63
 """Source: PostgreSQL documentation, "Identifiers and Key Words" (NAMEDATALEN - 1)."""
+LET_GO = "let go"
+"""The ``claim`` of an entry whose row let it go before the trigger that adopts it has run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,11 +92,43 @@ class JournaledTable:
         """Return a name of ours for something of this table: always the same, never too long."""
         parts = [part for part in (self.table.schema, self.table.name) if part]
         name = "_".join(("aioblobcol", what, *parts))
-        if len(name.encode()) <= MAX_IDENTIFIER_BYTES and len(parts) == 1:
-            return name
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-        kept = name.encode()[: MAX_IDENTIFIER_BYTES - 9].decode(errors="ignore")
-        return f"{kept}_{digest}"
+        if len(parts) == 1:
+            return shortened(name, self.table.name)
+        return _with_digest(name, "\0".join(parts))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """A journal in one kind of database, and how names are written there.
+
+    Attributes:
+        dialect: of the database.
+        journal: its table.
+        schemas: a connection's ``schema_translate_map``.
+    """
+
+    dialect: Dialect
+    journal: Table
+    schemas: Mapping[str | None, str | None] = dataclasses.field(default_factory=dict)
+
+    def schema_of(self, table: Table) -> str | None:
+        """Return the schema in which a table is."""
+        return self.schemas.get(table.schema, table.schema)
+
+    def name_of(self, table: Table) -> str:
+        """Write a table's name."""
+        return self.quoted(table.name, table)
+
+    def plain_name_of(self, table: Table) -> str:
+        """Return a table's name for people."""
+        return ".".join(part for part in (self.schema_of(table), table.name) if part)
+
+    def quoted(self, name: str, beside: Table | None = None) -> str:
+        """Write an identifier, quoted where it must be, in the schema of a table."""
+        preparer = self.dialect.identifier_preparer
+        text = str(preparer.quote(name))
+        schema = None if beside is None else self.schema_of(beside)
+        return f"{preparer.quote_schema(schema)}.{text}" if schema else text
 
 
 def tables_with_uris(
@@ -107,6 +154,28 @@ def tables_with_uris(
         )
         if columns:
             found.append(JournaledTable(table, columns))
+    return found
+
+
+def present(
+    connection: Connection, tables: Sequence[JournaledTable], place: Place
+) -> list[JournaledTable]:
+    """Return those of *tables* that the database has, with those of their columns that it has.
+
+    Views are no tables; a migration meets tables that will get more columns later.
+    """
+    inspector = inspect(connection)
+    schemas = {place.schema_of(each.table) for each in tables}
+    names = {schema: set(inspector.get_table_names(schema)) for schema in schemas}
+    found = []
+    for each in tables:
+        schema = place.schema_of(each.table)
+        if each.table.name not in names[schema]:
+            continue
+        there = {column["name"] for column in inspector.get_columns(each.table.name, schema)}
+        columns = tuple(column for column in each.columns if column.name in there)
+        if columns:
+            found.append(dataclasses.replace(each, columns=columns))
     return found
 
 
@@ -141,8 +210,14 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def quoted(dialect: Any, name: str, schema: str | None = None) -> str:
-    """Write an identifier as the dialect does, always quoted where it must be."""
-    preparer = dialect.identifier_preparer
-    text = str(preparer.quote(name))
-    return f"{preparer.quote_schema(schema)}.{text}" if schema else text
+def shortened(name: str, of: str | None = None) -> str:
+    """Return a name that no database finds too long; *of* tells it from others that begin so."""
+    if len(name.encode()) <= MAX_IDENTIFIER_BYTES:
+        return name
+    return _with_digest(name, name if of is None else of)
+
+
+def _with_digest(name: str, of: str) -> str:
+    digest = hashlib.sha256(of.encode()).hexdigest()[:8]
+    kept = name.encode()[: MAX_IDENTIFIER_BYTES - 9].decode(errors="ignore")
+    return f"{kept}_{digest}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import CHAR, PrimaryKeyConstraint, UniqueConstraint
 
-from ._columns import JournaledTable, UriColumn, quoted
+from ._columns import JournaledTable, UriColumn
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 def proposed_indexes(journal: Journal, dialect: Dialect) -> list[str]:
     """Return statements that create the indexes which are not declared; they may be repeated."""
-    is_sqlite = dialect.name == "sqlite"
+    is_sqlite, preparer = dialect.name == "sqlite", dialect.identifier_preparer
     statements = []
     for journaled in journal.journaled_tables:
-        table = quoted(dialect, journaled.table.name, None if is_sqlite else journaled.table.schema)
+        # SQLite wants the schema before the index
+        table = preparer.format_table(journaled.table, use_schema=not is_sqlite)
         schema = journaled.table.schema if is_sqlite else None
+        before = f"{preparer.quote_schema(schema)}." if schema else ""
         for column in journaled.columns:
             # SQLite takes no index for an expression with parameters, as the question has one
             if _is_indexed(journaled, column) or (is_sqlite and column.is_json):
                 continue
-            name = quoted(dialect, journaled.identifier(f"uri_{column.name}"), schema)
-            expression = _expression(column, quoted(dialect, column.name))
+            name = before + preparer.quote(journaled.identifier(f"uri_{column.name}"))
+            expression = _expression(column, preparer.quote(column.name))
             statements.append(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({expression})")
     return statements
 

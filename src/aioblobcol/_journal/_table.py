@@ -32,7 +32,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 from .._store._base import Store, named_stores
 from .._uri import root_uri
 from ..errors import InvalidColumnError, InvalidInputError
-from ._columns import JournaledTable, column_of, tables_with_uris
+from ._columns import JournaledTable, Place, column_of, present, tables_with_uris
 from ._ownership import owners_table
 from ._postgresql import PostgresqlTriggers
 from ._sqlite import SqliteTriggers
@@ -57,11 +57,14 @@ class Triggers(Protocol):
     def drop_functions(self) -> list[str]:
         """Take it away."""
 
-    def create(self, journaled: JournaledTable) -> list[str]:
-        """Install the triggers of one table, unless two of its cells name one object."""
+    def create(self, tables: Sequence[JournaledTable], only: Sequence[JournaledTable]) -> list[str]:
+        """Install the triggers of some *tables*, unless two cells of all name one object."""
 
     def drop(self, journaled: JournaledTable) -> list[str]:
-        """Take them away."""
+        """Take those of one table away."""
+
+    def missing(self, connection: Connection, tables: Sequence[JournaledTable]) -> list[str]:
+        """Name the tables on which a trigger does not stand, or is out of date."""
 
 
 class Journal:
@@ -69,13 +72,17 @@ class Journal:
 
     Its table is one of the user's, which ``create_all`` sees. ``create_all`` creates the triggers
     with the tables that it creates, and those of all tables with the journal's own; for tables
-    that were there before, call `create_triggers`.
+    that were there before, call `create_triggers` (in a migration, `aioblobcol.alembic` has it).
+
+    Triggers go unnoticed: with ``DROP TABLE``, which is how Alembic's batch mode changes tables
+    on SQLite, or by ``ALTER TABLE ... DISABLE TRIGGER``. `missing_triggers` finds that.
 
     Attributes:
         table: the journal's own.
         stores: by name.
         lease: after how long an object that is staged and that nobody has adopted is deleted.
-        retention: how long an object is kept after its row let it go.
+        retention: how long an object is kept after the statement by which its row let it go; a
+            transaction that goes on for longer than that leaves nothing of it at its commit.
         owner: what the configuration says whose objects they are.
         owners: the table that says under which prefixes this database may delete.
     """
@@ -103,7 +110,8 @@ class Journal:
                 them.
             engine: of its database, for `put_s3` outside of any session. Its connections are not
                 used, its connection factory is.
-            table_name: of the journal.
+            table_name: of the journal. Other programs stage with ``aioblobcol_stage(uri)``, or
+                with ``<table_name>_stage(uri)`` if you give another name (PostgreSQL).
             schema: of the journal; by default that of *metadata*.
             uri_columns: columns of strings with URIs, of the explicit strength; managed columns
                 are found by their type.
@@ -218,8 +226,14 @@ class Journal:
             writer = self._writers[engine.dialect] = JournalWriter(self, engine)
         return writer
 
-    def triggers(self, dialect: Dialect) -> Triggers:
+    def triggers(
+        self, dialect: Dialect, *, schemas: Mapping[str | None, str | None] | None = None
+    ) -> Triggers:
         """Return what writes the SQL of a dialect.
+
+        Args:
+            dialect: of the database.
+            schemas: a connection's ``schema_translate_map``.
 
         Raises:
             InvalidInputError: another database than PostgreSQL or SQLite.
@@ -230,16 +244,20 @@ class Journal:
                 f"there is no journal on {dialect.name} yet: PostgreSQL and SQLite have it"
             )
         roots = [root_uri(store.bucket, store.prefix) for store in self.stores.values()]
+        place = Place(dialect, self.table, schemas or {})
         made: Triggers = kinds[dialect.name](
-            self.table, roots, retention=self.retention, strict=self._strict, dialect=dialect
+            place, roots, retention=self.retention, strict=self._strict
         )
         return made
 
     def ddl(self, dialect: Dialect, *, with_table: bool = True) -> list[str]:
         """Return the statements that install the journal, for any migration tool.
 
-        All but the table's own (``with_table``) may be run again, and have to be when columns
-        with URIs or partitions were added.
+        They are run in one transaction, which ends at the first error. All but the table's own
+        (``with_table``) may be run again, and have to be when columns with URIs, partitions or
+        what a `Journal` is made with were changed, and after a table was made anew. What is
+        printed for PostgreSQL passes over tables that are not there and views; on SQLite all
+        tables have to be there.
         """
         statements: list[str] = []
         if with_table:
@@ -247,38 +265,54 @@ class Journal:
             created += map(CreateIndex, self.table.indexes)
             created.append(CreateTable(self.owners, if_not_exists=True))
             statements += [str(each.compile(dialect=dialect)).strip() for each in created]
-        triggers = self.triggers(dialect)
-        statements += triggers.create_functions()
-        for journaled in self.journaled_tables:
-            statements += triggers.create(journaled)
-        return statements
+        tables, triggers = self.journaled_tables, self.triggers(dialect)
+        return statements + triggers.create_functions() + triggers.create(tables, tables)
+
+    def drop_ddl(self, dialect: Dialect) -> list[str]:
+        """Return the statements that take the triggers away; they may be run again."""
+        return _drop(self.triggers(dialect), self.journaled_tables)
 
     def create_triggers(self, connection: Connection, *, only: Sequence[Table] = ()) -> None:
         """Install, or renew, the triggers in the connection's transaction.
 
+        Nobody writes to the tables from now to the end of the transaction. Tables and columns
+        that the database does not have are passed over, and so are views. The connection's
+        ``schema_translate_map`` counts.
+
         Raises:
-            DBAPIError: two cells name one object, which the message names.
+            DBAPIError: two cells name one object, which the message names; or there is no table
+                of the journal; or other transactions have locked the tables.
         """
-        triggers = self.triggers(connection.dialect)
-        statements = triggers.create_functions()
-        for journaled in self.journaled_tables:
-            if not only or journaled.table in only:
-                statements += triggers.create(journaled)
+        triggers, tables = self._present(connection)
+        chosen = [each for each in tables if not only or each.table in only]
+        statements = triggers.create_functions() + triggers.create(tables, chosen)
         _execute(connection, statements)
 
     def drop_triggers(self, connection: Connection, *, only: Sequence[Table] = ()) -> None:
         """Take the triggers away: from now on nobody adopts or retires."""
-        triggers = self.triggers(connection.dialect)
-        statements = []
-        for journaled in self.journaled_tables:
-            if not only or journaled.table in only:
-                statements += triggers.drop(journaled)
-        _execute(connection, statements)
+        triggers = self.triggers(connection.dialect, schemas=_schemas(connection))
+        _execute(connection, _drop(triggers, self.journaled_tables, only=only))
+
+    def missing_triggers(self, connection: Connection) -> list[str]:
+        """Return the tables on which not all triggers stand, are enabled and up to date.
+
+        Partitions are named too (PostgreSQL). `create_triggers` helps. Tables that the database
+        does not have are left out.
+        """
+        triggers, tables = self._present(connection)
+        return triggers.missing(connection, tables) if tables else []
+
+    def _present(self, connection: Connection) -> tuple[Triggers, list[JournaledTable]]:
+        """Return what writes SQL for a connection, and the tables that are there."""
+        schemas = _schemas(connection)
+        place = Place(connection.dialect, self.table, schemas)
+        tables = present(connection, self.journaled_tables, place)
+        return self.triggers(connection.dialect, schemas=schemas), tables
 
     def _after_create(
         self, _target: MetaData, connection: Connection, tables: Sequence[Table] = (), **_: Any
     ) -> None:
-        created = [table for table in tables if table is not self.table]
+        created = [table for table in tables if table not in {self.table, self.owners}]
         if self.table in tables:
             self.create_triggers(connection)
         elif created:
@@ -291,7 +325,8 @@ class Journal:
             return
         self.drop_triggers(connection, only=tables)
         if self.table in tables:
-            _execute(connection, self.triggers(connection.dialect).drop_functions())
+            triggers = self.triggers(connection.dialect, schemas=_schemas(connection))
+            _execute(connection, triggers.drop_functions())
 
 
 def _journal_table(metadata: MetaData, name: str, schema: str | None) -> Table:
@@ -315,6 +350,17 @@ def _journal_table(metadata: MetaData, name: str, schema: str | None) -> Table:
     )
 
 
+def _schemas(connection: Connection) -> Mapping[str | None, str | None]:
+    return connection.get_execution_options().get("schema_translate_map") or {}
+
+
+def _drop(
+    triggers: Triggers, tables: Iterable[JournaledTable], *, only: Sequence[Table] = ()
+) -> list[str]:
+    chosen = (each for each in tables if not only or each.table in only)
+    return [statement for each in chosen for statement in triggers.drop(each)]
+
+
 def _execute(connection: Connection, statements: Iterable[str]) -> None:
-    for statement in statements:
-        connection.exec_driver_sql(statement)
+    for statement in statements:  # some drivers would take % for a parameter
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

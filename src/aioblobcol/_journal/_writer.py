@@ -31,7 +31,6 @@ from .._store._base import DeleteReport, is_owned
 from .._transfer import delete_all
 from .._uri import is_one_attempt
 from ..errors import InvalidInputError, Outcome, UnsafeTransactionError
-from ._columns import quoted
 from ._entries import Condemned, Entries, Unneeded
 from ._group_commit import GroupCommit
 
@@ -132,7 +131,7 @@ class JournalWriter:
             Exception: of the driver.
         """
         connection = session.connection(bind_arguments={"clause": self.journal.table})
-        entries = quoted(connection.dialect, self.journal.table.name, self.journal.table.schema)
+        entries = connection.dialect.identifier_preparer.format_table(self.journal.table)
         cursor = connection.connection.cursor()  # ours, so no listener needs to look at it
         try:
             cursor.executemany(
@@ -337,7 +336,7 @@ class _Side:
 
 
 def _stage_statement(table: Table, dialect: Dialect) -> TextClause:
-    entries = quoted(dialect, table.name, table.schema)
+    entries = dialect.identifier_preparer.format_table(table)
     statement = text(STAGE.format(entries=entries))
     return statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
 
