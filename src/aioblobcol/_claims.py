@@ -117,8 +117,13 @@ class Claims:
         uploads = [each for each in results if isinstance(each, PutS3Result) and each.changed]
         for result in uploads:
             writer = writer or result._writer
-        if any(result._writer is not writer for result in uploads):
-            raise InvalidInputError(UNSTAGED)
+        if writer is None:
+            return None
+        for result in uploads:
+            if result._writer is None:
+                raise InvalidInputError(UNSTAGED)
+            if result._writer.journal is not writer.journal:
+                raise InvalidInputError("results of two journals do not go into one transaction")
         return writer
 
     def give_back(self) -> None:
@@ -179,12 +184,8 @@ class Claims:
 
     def _check_adopted(self) -> None:
         """Find what the statements have written where the journal does not see it."""
-        written = self.ledger.written()
-        if self.writer is None or not written:
-            return
-        left = self.writer.still_staged(self._live_session, written)
-        if left:
-            raise BlobNotWrittenError(left, _NOT_ADOPTED)
+        if self.writer is not None:
+            check_adopted(self._live_session, self.writer, self.ledger.written())
 
     @property
     def _live_session(self) -> Session:
@@ -196,6 +197,17 @@ class Claims:
     def _watched(self) -> TransactionWatch:
         assert self.watch is not None
         return self.watch
+
+
+def check_adopted(session: Session, writer: JournalWriter, written: Sequence[str]) -> None:
+    """Find new objects that rows name and the journal lists still as staged.
+
+    Raises:
+        BlobNotWrittenError: there are some.
+    """
+    left = writer.still_staged(session, written) if written else ()
+    if left:
+        raise BlobNotWrittenError(left, _NOT_ADOPTED)
 
 
 def probe(_session: Session, watched: TransactionWatch) -> None:

@@ -45,16 +45,20 @@ async def clean_up(
 
     With a journal, new objects that no row names are condemned first, and those that their rows
     have let go are its worker's: the triggers know better than the session which ones they are.
+    Those that are foreign to it (sqlalchemy_mate's keys) are nobody else's.
 
     Returns:
         What the journal says about an outcome that was unknown.
     """
+    outcome: Outcome | None = None
     if writer is not None:
-        kept = dict.fromkeys(settlement.supersede, LEFT_TO_WORKER)
-        to.report = to.report.merged_with(DeleteReport(kept=kept))
-        settlement = dataclasses.replace(settlement, supersede=())
+        theirs = [uri for uri in settlement.supersede if writer.looks_after(uri)]
+        to.report = to.report.merged_with(DeleteReport(kept=dict.fromkeys(theirs, LEFT_TO_WORKER)))
+        foreign = tuple(uri for uri in settlement.supersede if uri not in theirs)
+        settlement = dataclasses.replace(settlement, supersede=foreign)
         if not writer.is_volatile:
-            return await _settle(settlement, writer, to=to, stores=stores, attempts=attempts)
+            outcome = await _settle(settlement, writer, to=to, stores=stores, attempts=attempts)
+            settlement = dataclasses.replace(settlement, compensate=())
     kept = {
         uri: reason
         for uri in settlement.supersede
@@ -77,7 +81,7 @@ async def clean_up(
             for store in concerned.values()
         )
     )
-    return None
+    return outcome
 
 
 async def _settle(
@@ -95,7 +99,11 @@ async def _settle(
         to.report = to.report.merged_with(report)
     if not undecided:
         return None
-    report, outcome = await writer.resolve({uri: stores[uri] for uri in undecided})
+    made_at = [attempts[uri].made_at if uri in attempts else None for uri in undecided]
+    report, outcome = await writer.resolve(
+        {uri: stores[uri] for uri in undecided},
+        staged_at=None if None in made_at else min(filter(None, made_at)),
+    )
     to.report = to.report.merged_with(report)
     return outcome
 

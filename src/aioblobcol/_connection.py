@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection, Engine
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.pool import Pool
 
 
 T = TypeVar("T")
@@ -108,6 +109,21 @@ def _send_begin(connection: Connection) -> None:
     wants_none = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     if not wants_none and not _driver(connection).in_transaction:
         connection.exec_driver_sql("BEGIN")
+
+
+def root_engine(engine: Engine) -> Engine:
+    """Return the engine that ``execution_options()`` was called on: it hears of ``dispose()``."""
+    root = getattr(engine, "_proxied", engine)
+    return root if isinstance(root, Engine) else engine
+
+
+def pool_like(pool: Pool, *, at_least: int) -> Pool:
+    """Return an empty pool of the same kind and factory, for at least so many connections."""
+    made = pool.recreate()
+    overflow = getattr(made, "_max_overflow", None)
+    if isinstance(overflow, int) and 0 <= overflow < at_least:
+        made._max_overflow = at_least  # type: ignore[attr-defined]  # noqa: SLF001 - see the header
+    return made
 
 
 def held_connections(transaction: SessionTransaction | None) -> list[Connection] | None:

@@ -27,7 +27,7 @@ from sqlalchemy.orm.base import PASSIVE_NO_INITIALIZE
 from sqlalchemy.orm.exc import StaleDataError
 
 from ._blob import Blob
-from ._claims import ABORTED, Claims, probe
+from ._claims import ABORTED, Claims, check_adopted, probe
 from ._cleaning import clean_up
 from ._column import (
     STORES_OF_SESSION,
@@ -39,7 +39,7 @@ from ._column import (
 from ._connection import is_new_target
 from ._frames import Frames
 from ._greenlet import MissingGreenlet, wait_for
-from ._journal import Staging
+from ._journal import SETTLE_SECONDS, Staging
 from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
@@ -140,7 +140,7 @@ class Unit:
         Raises:
             InvalidInputError, StoreClosedError, UnsafeTransactionError: refused; nothing was sent.
             BlobUploadError: nothing was kept.
-            SQLAlchemyError: the journal could not be written; nothing was sent.
+            JournalError: the journal could not be written; nothing was sent.
         """
         placed: list[Placement] = []
         staging = Staging(self.writer)
@@ -177,6 +177,15 @@ class Unit:
         if self.writer is not None:
             for placement in placements:
                 self.writer.journal.check_column(placement.attribute.column)
+
+    def check_adopted(self, session: Session) -> None:
+        """Find rows that the journal has not seen: its worker would delete their objects.
+
+        Raises:
+            BlobNotWrittenError: there are some.
+        """
+        if self.writer is not None:
+            check_adopted(session, self.writer, sorted(self.books.written))
 
     def _check_alive(self, attempts: Collection[Attempt]) -> None:
         if self.is_settled:
@@ -232,6 +241,7 @@ class Unit:
         results: Collection[PutS3Result | DeleteS3Result],
         *,
         allow_unwritten: bool,
+        writer: JournalWriter | None = None,
     ) -> Claims:
         """Answer for results of the explicit strength.
 
@@ -240,7 +250,7 @@ class Unit:
             UnsafeTransactionError: see `check`.
         """
         self.check(session)
-        claims = Claims(session, allow_unwritten=allow_unwritten, writer=self.writer)
+        claims = Claims(session, allow_unwritten=allow_unwritten, writer=writer or self.writer)
         claims.take(list(results))
         claims.watch = follow(session, claims.ledger, Frames())
         for result in claims.results:
@@ -377,7 +387,7 @@ class Keeper:
     def _writer(self, session: Session) -> JournalWriter | None:
         if self.journal is None:
             return None
-        return self.journal.writer(session.get_bind(clause=self.journal.table).engine)
+        return self.journal.writer_of(session)
 
     def begins(self, connection: Connection) -> None:
         """Look at what is sent from now on, although nothing is at stake yet."""
@@ -392,7 +402,8 @@ class Keeper:
     def settle_seconds(self) -> float:
         """The sum of the bounds of what a settlement does."""
         requests = max((store.request_seconds for store in self.stores.values()), default=60.0)
-        return 3 * self.commit_seconds + 3 * requests
+        journal = 0 if self.journal is None else 2 * SETTLE_SECONDS
+        return 3 * self.commit_seconds + 3 * requests + journal
 
     # --- flush
 
@@ -572,7 +583,8 @@ class Keeper:
 
         Raises:
             TransactionAbortedError: the database has given the transaction up.
-            BlobNotWrittenError, BlobSharedError: of claims.
+            BlobNotWrittenError: of claims, or the journal has not seen a row.
+            BlobSharedError: of claims.
             TransactionError: a bulk statement forbids it, see `Frames.forbid_commit`.
         """
         try:
@@ -589,6 +601,7 @@ class Keeper:
         if unit.is_idle:
             return
         probe(session, unit.watch)
+        unit.check_adopted(session)
         for claims in unit.claims:
             assert claims.watch is not None
             claims.watch.forget_failures()
@@ -655,7 +668,8 @@ class Keeper:
             )
         )
         for outcome in found:
-            if outcome is not None and outcome is not Outcome.UNKNOWN:
+            is_surer = outcome is Outcome.COMMITTED or unit.outcome is Outcome.UNKNOWN
+            if outcome is not None and outcome is not Outcome.UNKNOWN and is_surer:
                 unit.outcome = outcome
                 if self.unknown is not None:
                     self.unknown.outcome = outcome
@@ -675,7 +689,7 @@ class Keeper:
                 self._clean_up(unit, verdicts), seconds=self.settle_seconds
             )
         except (RuntimeError, StoreClosedError) as exc:  # no event loop, or no store any more
-            logger.error("orphans now, for nobody could delete them (%s): %s", exc, uris)
+            logger.error("nobody deletes these but a journal's worker (%s): %s", exc, uris)
 
 
 @dataclasses.dataclass(slots=True)

@@ -14,6 +14,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,7 @@ class Attempt:
     seconds: float = 0.0  # how long the request may live
     begun: bool = False
     may_land_late: bool = False
+    made_at: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class _Stop:
@@ -291,5 +293,10 @@ async def _delete(store: Store, uris: list[str], kept: dict[str, str]) -> Delete
         reason = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
         report = DeleteReport(failed=dict.fromkeys(uris, reason))
     for uri, reason in report.failed.items():
-        logger.error("cannot delete %s: %s; it is an orphan now", uri, reason, extra={"uri": uri})
+        logger.error(
+            "cannot delete %s: %s; without a journal it is an orphan now",
+            uri,
+            reason,
+            extra={"uri": uri},
+        )
     return dataclasses.replace(report, kept={**report.kept, **kept})

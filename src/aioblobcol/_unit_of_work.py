@@ -183,15 +183,16 @@ class BlobTransaction:
         journal = self._journal or (keeper.journal if keeper is not None else None)
         if journal is None:
             return None
-        return journal.writer(session.get_bind(clause=journal.table).engine)
+        return journal.writer_of(session)
 
     async def _join(self) -> None:
         """Leave commit and settlement to whoever has begun the session's transaction."""
         keeper = managing_keeper(self._session.sync_session)
         self._unit = keeper.open_unit(self._session.sync_session)
+        writer = self._writer()
         self._claims = await self._session.run_sync(
             lambda session: self._open_unit.claim(
-                session, self._results, allow_unwritten=self._allow_unwritten
+                session, self._results, allow_unwritten=self._allow_unwritten, writer=writer
             )
         )
 

@@ -17,7 +17,15 @@ import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ._journal import Condemned, Entries, Journal, OwnershipState, check_ownership, lag_of
+from ._journal import (
+    Condemned,
+    Entries,
+    Journal,
+    OwnershipState,
+    check_ownership,
+    lag_of,
+    warn_of_missing_triggers,
+)
 from ._store._base import DeleteReport, Store, is_owned
 from ._tasks import run_to_end
 from .errors import InvalidInputError, StoreClosedError
@@ -109,6 +117,7 @@ class Worker:
         self._claim_for = claim_for
         self._poll_every = poll_every
         self._on_round = on_round
+        self._has_looked = False
 
     async def run_once(self) -> WorkReport:
         """Do one round: claim, delete, and note what became of it.
@@ -124,6 +133,9 @@ class Worker:
         left_out = {name: s for name, s in states.items() if s is not OwnershipState.AGREED}
         stores = [each for name, each in self._journal.stores.items() if name not in left_out]
         async with self._begin() as connection:
+            if not self._has_looked:
+                await warn_of_missing_triggers(self._journal, connection)
+                self._has_looked = True
             lag = await lag_of(connection, self._journal)
             condemned = await self._entries.condemn(
                 connection,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 import re
 import warnings
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
@@ -80,6 +81,13 @@ __all__ = [
     "put_s3backed_column",
     "split_s3_uri",
 ]
+
+logger = logging.getLogger("aioblobcol.journal")
+
+NOT_ADOPTED = (
+    "no committed row has adopted it: the worker deletes it when its lease is over. Was the "
+    "transaction committed, and is the column named in Journal(..., uri_columns=[...])?"
+)
 
 OnAttempt = Callable[[Sequence["PutS3BackedColumnResult"]], None]
 
@@ -223,7 +231,9 @@ class PutS3Result:
     async def clean_up_old_s3_object_when_update_row_succeeded(self) -> DeleteReport:
         """Delete the replaced objects, because the transaction was certainly committed.
 
-        With a journal nothing is deleted here: they are its worker's, after the retention.
+        With a journal they are its worker's, after the retention. A new object that the journal
+        lists still as staged stands in ``failed`` then: the row was not committed, or its column
+        is none of the journal's, and the worker would delete it when its lease is over.
 
         Safe to call again to repeat what failed. Never raises for storage trouble, and never
         touches the new objects.
@@ -233,21 +243,30 @@ class PutS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was written")
-        if self._writer is not None:
-            replaced = [each.old_s3_uri for each in self._executed() if each.old_s3_uri]
-            return DeleteReport(kept=dict.fromkeys(replaced, LEFT_TO_WORKER))
         kept: dict[str, str] = {}
         old: list[str] = []
         for result, attempt in zip(self._executed(), self._attempts, strict=True):
             if result.old_s3_uri is None:
                 continue
             reason = why_kept(result.old_s3_uri, attempt.uri)
+            if self._writer is not None and self._writer.looks_after(result.old_s3_uri):
+                reason = LEFT_TO_WORKER
             if reason is None:
                 old.append(result.old_s3_uri)
             else:
                 kept[result.old_s3_uri] = reason
         report = await delete_all(self._store, old)
-        return report.merged_with(DeleteReport(kept=kept))
+        failed = await self._unadopted()
+        return report.merged_with(DeleteReport(kept=kept, failed=failed))
+
+    async def _unadopted(self) -> dict[str, str]:
+        """Return the new objects that the row should name by now, and has not adopted."""
+        if self._writer is None or self._writer.is_volatile:
+            return {}
+        left = await self._writer.unadopted([attempt.uri for attempt in self._attempts])
+        for uri in left:
+            logger.error("%s: %s", uri, NOT_ADOPTED, extra={"uri": uri})
+        return dict.fromkeys(left, NOT_ADOPTED)
 
     def _executed(self) -> list[PutS3BackedColumnResult]:
         return [result for result in self.put_s3backed_column_results if result.executed]
@@ -314,7 +333,8 @@ async def put_s3(
         skip_unchanged: compare length and SHA-256 with the old object's (one HEAD) and leave
             equal columns alone. For updates guarded with ``WHERE column = old URI`` only.
         journal: stage the objects there before they can exist; it needs an ``engine`` of its own.
-            The columns have to be among its ``uri_columns``.
+            The columns have to be among its ``uri_columns``. That the row has adopted them is
+            checked before COMMIT if the result goes into `blob_transaction` or `enlist`.
 
     Returns:
         The result to write, commit and settle; or let `aioblobcol.blob_transaction` do it.
@@ -323,6 +343,7 @@ async def put_s3(
         InvalidInputError: refused before anything was sent; the subclass tells what.
         StoreClosedError: the store or the client is not open.
         BlobUploadError: with column, URI and cause; nothing was kept.
+        JournalError: the journal could not be written; nothing was sent.
         asyncio.CancelledError: nothing was kept.
     """
     writer = None if journal is None else journal.writer()

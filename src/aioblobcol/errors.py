@@ -21,6 +21,7 @@ AioBlobColError
 ├── CleanUpError                       from ``raise_for_failures()`` only
 ├── OwnershipError                     a prefix that another database owns, or may own
 ├── ResultSpentError (RuntimeError)    a result was used after it was settled
+├── JournalError (RuntimeError)        the journal could not be written; nothing was uploaded
 └── TransactionError
     ├── UnsafeTransactionError         refused: the library could not judge how it ends
     ├── TransactionAbortedError        the database had already given the transaction up
@@ -222,6 +223,23 @@ class OwnershipError(AioBlobColError):
 
 class ResultSpentError(AioBlobColError, RuntimeError):
     """A result was used again after its transaction ended. Upload again instead."""
+
+
+class JournalError(AioBlobColError, RuntimeError):
+    """The journal could not be written, so that nothing was uploaded; the cause is ``__cause__``.
+
+    The session's transaction goes on as it was, unless the error is the database's own.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"nothing was uploaded, for the journal could not be written: {self.reason} "
+            "(are its table and its triggers there? create_all, or `aioblobcol ddl`)"
+        )
 
 
 # --- Transactions ------------------------------------------------------------------------

@@ -130,11 +130,11 @@ async def test_committed_and_replaced_by_another_one(wire: Wire) -> None:
     writer = world.journal.writer(world.engine.sync_engine)
     resolve = writer.resolve
 
-    async def replaced_first(created: object) -> object:
+    async def replaced_first(created: object, **more: object) -> object:
         async with factory.begin() as session:
             doc = await session.get_one(world.Doc, "a")
             doc.body = Blob(b"another one's")
-        return await resolve(created)  # type: ignore[arg-type]
+        return await resolve(created, **more)  # type: ignore[arg-type]
 
     writer.resolve = replaced_first  # type: ignore[assignment,method-assign]
     unknown = await wire.create("managed", "a", "after_server")
@@ -148,12 +148,66 @@ async def test_the_rows_are_asked_too(wire: Wire) -> None:
     world = wire.world
     async with wire.direct.engine.begin() as connection:
         await connection.exec_driver_sql("ALTER TABLE world_docs DISABLE TRIGGER USER")
+    writer = world.journal.writer(world.engine.sync_engine)
+    writer.still_staged = lambda *_: []  # type: ignore[method-assign]  # it would notice
     unknown = await wire.create("managed", "a", "after_server")
     async with wire.direct.engine.begin() as connection:
         await connection.exec_driver_sql("ALTER TABLE world_docs ENABLE TRIGGER USER")
 
     assert unknown.outcome is Outcome.COMMITTED
     assert len(await world.check()) == 2
+
+
+async def test_rows_that_the_journals_own_connection_does_not_see(wire: Wire) -> None:
+    """Hidden by a policy, or in a schema of the session's own: adopted is adopted."""
+    world = wire.world
+    async with wire.direct.engine.begin() as connection:
+        for statement in (
+            "CREATE ROLE world_tenant LOGIN PASSWORD 'x'",
+            "GRANT ALL ON ALL TABLES IN SCHEMA public TO world_tenant",
+            "ALTER TABLE world_docs ENABLE ROW LEVEL SECURITY",
+            "CREATE POLICY p ON world_docs USING (title = current_setting('app.tenant', true))",
+        ):
+            await connection.exec_driver_sql(statement)
+    engine = create_async_engine(
+        sa.make_url(wire.proxy.url).set(username="world_tenant", password="x"),
+        connect_args={"ssl": False},
+    )
+    try:
+        with pytest.raises(CommitOutcomeUnknown) as caught:
+            async with blob_sessionmaker(engine, journal=world.journal).begin() as session:
+                await session.execute(sa.text("SELECT set_config('app.tenant', 't', true)"))
+                session.add(world.Doc(key="a", title="t", body=Blob(b"1")))
+                await session.flush()
+                wire.proxy.mode = "after_server"
+
+        assert caught.value.outcome is Outcome.COMMITTED
+        assert list((await world.check()).values()) == [b"1"]
+    finally:
+        await engine.dispose()
+        async with wire.direct.engine.begin() as connection:
+            await connection.exec_driver_sql("ALTER TABLE world_docs DISABLE ROW LEVEL SECURITY")
+            await connection.exec_driver_sql("DROP OWNED BY world_tenant CASCADE")
+            await connection.exec_driver_sql("DROP ROLE world_tenant")
+
+
+async def test_an_upload_that_was_never_written_testifies_nothing(wire: Wire) -> None:
+    """Its entry is staged, and yet the transaction was committed."""
+    world = wire.world
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        async with AsyncSession(world.engine) as session:
+            async with blob_transaction(
+                session, store=world.store, journal=world.journal, allow_unwritten=True
+            ) as tx:
+                call = [PutS3ApiCall("html", b"1", None)]
+                put = await tx.put_s3(pk="a", api_calls=call)
+                await tx.put_s3(pk="b", api_calls=call)
+                session.add(world.Task(url="a", **put.to_values()))
+                await session.flush()
+                wire.proxy.mode = "after_server"
+
+    assert caught.value.outcome is Outcome.COMMITTED
+    assert list((await world.check()).values()) == [b"1"]
 
 
 async def test_an_update_whose_answer_is_lost(wire: Wire) -> None:

@@ -6,12 +6,16 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 from support.databases import Database, terminate_backends
 from support.journaled import World, open_world
 
@@ -22,8 +26,10 @@ from aioblobcol import (
     InvalidColumnError,
     InvalidInputError,
     Journal,
+    JournalError,
     PutS3ApiCall,
     UnsafeTransactionError,
+    Worker,
     blob_report,
     blob_sessionmaker,
     blob_transaction,
@@ -32,8 +38,7 @@ from aioblobcol import (
     track_blobs,
     upload_blobs,
 )
-from aioblobcol.testing import MemoryStore
-from aioblobcol.testing._memory import Step
+from aioblobcol.testing import MemoryStore, Step, StoredObject
 
 
 @pytest_asyncio.fixture
@@ -327,6 +332,54 @@ class TestExplicit:
 
         assert await world.check() == {}
 
+    async def test_a_block_that_joins(self, world: World) -> None:
+        """It takes a journal, too; whoever has begun the transaction settles."""
+        async with AsyncSession(world.engine) as session:
+            async with session.begin():
+                async with blob_transaction(
+                    session, store=world.store, journal=world.journal
+                ) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=call())
+                    session.add(world.Task(url="u", **put.to_values()))
+
+        assert list((await world.check()).values()) == [b"html"]
+
+    async def test_by_hand_in_the_middle_of_the_transaction(self, world: World) -> None:
+        """The clean-up waits for nobody: the row may be committed still."""
+        put = await put_s3(call(), pk="u", store=world.store, journal=world.journal)
+        async with AsyncSession(world.engine) as session:
+            session.add(world.Task(url="u", **put.to_values()))
+            if not world.database.is_sqlite:
+                await session.flush()
+            report = await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+            await session.rollback()
+
+        assert len(report.kept) == (not world.database.is_sqlite)
+        assert await world.check() == {}
+
+    async def test_by_hand_and_not_committed_after_all(self, world: World) -> None:
+        """The clean-up tells that no row has adopted the object."""
+        put = await put_s3(call(), pk="u", store=world.store, journal=world.journal)
+        report = await put.clean_up_old_s3_object_when_update_row_succeeded()
+
+        assert "no committed row has adopted it" in next(iter(report.failed.values()))
+        assert await world.check() == {}
+
+    async def test_a_key_of_sqlalchemy_mate(self, world: World) -> None:
+        """Foreign to the triggers, and superseded by its own primary key and column: deleted."""
+        old = f"s3://{world.store.bucket}/{world.store.prefix}/dQ==/col=html/md5={'0' * 32}"
+        world.store.objects[old] = StoredObject(b"old", {}, {})
+        async with AsyncSession(world.engine) as session:
+            session.add(world.Task(url="u", html=old))
+            await session.commit()
+            async with blob_transaction(session, store=world.store, journal=world.journal) as tx:
+                task = await session.get_one(world.Task, "u")
+                put = await tx.put_s3(pk="u", api_calls=call(b"new", old))
+                task.html = put.to_values()["html"]
+
+        assert tx.report.deleted == (old,)
+        assert list((await world.check()).values()) == [b"new"]
+
     async def test_put_s3_needs_to_know_the_database(self, world: World) -> None:
         """A journal without an engine cannot stage outside of a session."""
         journal = Journal(sa.MetaData(), world.store)
@@ -406,6 +459,209 @@ class TestConnections:
         assert len(await world.states()) == 2
 
 
+class TestWhichDatabase:
+    async def test_sessions_with_several_binds(self, world: World) -> None:
+        """The journal's own engine tells where it is, if the session cannot."""
+        factory = blob_sessionmaker(journal=world.journal, binds={world.Base: world.engine})
+        async with factory.begin() as session:
+            session.add(world.Doc(key="a", body=Blob(b"1")))
+
+        assert list((await world.check()).values()) == [b"1"]
+
+    async def test_sessions_that_read_from_a_replica(self, postgres_world: World) -> None:
+        """Staging and its checks go where the session writes."""
+        world = postgres_world
+        follower = world.database.engine_with(
+            connect_args={"server_settings": {"default_transaction_read_only": "on"}}
+        )
+
+        class Routing(Session):
+            def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Any:
+                writes = self._flushing or isinstance(clause, (sa.Update, sa.Delete))
+                return (world.engine if writes else follower).sync_engine
+
+        factory = blob_sessionmaker(journal=world.journal, sync_session_class=Routing)
+        async with factory() as session:
+            await upload_blobs(session, doc := world.Doc(key="a", body=Blob(b"1")))
+            session.add(doc)
+            await session.commit()
+        await follower.dispose()
+
+        assert list((await world.check()).values()) == [b"1"]
+
+    async def test_another_database_in_the_transaction(
+        self, postgres_world: World, sqlite: Database
+    ) -> None:
+        """Its isolation level is of no concern."""
+        world = postgres_world
+        log = sa.Table("log", sa.MetaData(), sa.Column("text", sa.Text, primary_key=True))
+        async with sqlite.engine.begin() as connection:
+            await connection.run_sync(log.metadata.create_all)
+        factory = blob_sessionmaker(world.engine, journal=world.journal, binds={log: sqlite.engine})
+        async with factory.begin() as session:
+            await session.execute(sa.insert(log).values(text="x"))
+            session.add(world.Doc(key="a", body=Blob(b"1")))
+
+        assert list((await world.check()).values()) == [b"1"]
+
+    async def test_results_by_another_engine(self, world: World) -> None:
+        """Two engines on one database share its journal."""
+        other = world.database.engine_with()
+        put = await put_s3(call(), pk="u", store=world.store, journal=world.journal)
+        async with blob_sessionmaker(other, journal=world.journal).begin() as session:
+            await enlist(session, put)
+            session.add(world.Task(url="u", **put.to_values()))
+        await other.dispose()
+
+        assert list((await world.check()).values()) == [b"html"]
+
+    async def test_results_of_two_journals_are_refused(self, world: World) -> None:
+        async with open_world(world.database, name="other") as other:
+            puts = [
+                await put_s3(call(), pk="u", store=each.store, journal=each.journal)
+                for each in (world, other)
+            ]
+            async with world.sessions() as session:
+                with pytest.raises(InvalidInputError, match="two journals"):
+                    await enlist(session, *puts)
+            for put in puts:
+                await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+
+    async def test_a_translated_schema_is_refused(self, world: World) -> None:
+        """Rows would be written elsewhere than where the journal is; nothing is sent."""
+        engine = world.engine.execution_options(schema_translate_map={None: "elsewhere"})
+        with pytest.raises(InvalidInputError, match="schema_translate_map"):
+            async with blob_sessionmaker(engine, journal=world.journal).begin() as session:
+                session.add(world.Doc(key="a", body=Blob(b"1")))
+
+        assert world.store.objects == {}
+
+    async def test_no_table_of_the_journal(self, world: World) -> None:
+        """The error tells what is missing and what to do; nothing is sent."""
+        async with world.engine.begin() as connection:
+            await connection.run_sync(world.journal.drop_triggers)
+            await connection.run_sync(world.journal.table.drop)
+        with pytest.raises(JournalError, match="aioblobcol ddl"):
+            async with world.sessions.begin() as session:
+                session.add(world.Doc(key="a", body=Blob(b"1")))
+        if world.database.is_sqlite:
+            with pytest.raises(JournalError, match="no such table"):
+                async with world.sessions.begin() as session:
+                    await session.execute(sa.select(world.Doc.key))
+                    session.add(world.Doc(key="a", body=Blob(b"1")))
+
+        assert not any(verb == "put" for verb, _ in world.store.calls)
+
+    async def test_no_triggers(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        """The first upload of a process warns, and no row is committed that nobody has seen."""
+        async with world.engine.begin() as connection:
+            await connection.run_sync(world.journal.drop_triggers)
+        with pytest.raises(BlobNotWrittenError, match="no trigger of the journal"):
+            async with world.sessions.begin() as session:
+                session.add(world.Doc(key="a", body=Blob(b"1")))
+
+        assert "world_docs" in caplog.text
+        assert await world.check() == {}
+
+
+class TestEngines:
+    async def test_its_connections_end_with_the_engines(self, world: World) -> None:
+        """Also if sessions use it with options of their own."""
+        engine = world.database.engine_with()
+        factory = blob_sessionmaker(
+            engine.execution_options(isolation_level="SERIALIZABLE"), journal=world.journal
+        )
+        async with factory.begin() as session:
+            session.add(world.Doc(key="a", body=Blob(b"1")))
+        writer = world.journal.writer(engine.sync_engine)
+        own: Any = writer._side.engine.sync_engine.pool
+        assert own.checkedin() == 1
+        await engine.dispose()
+
+        assert not writer._sides
+        assert own.checkedin() == 0
+
+    def test_several_event_loops(self, tmp_path: Path) -> None:
+        """A loop that is closed is forgotten."""
+        url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+        engine = create_async_engine(url, poolclass=NullPool)
+        metadata = sa.MetaData()
+        journal = Journal(metadata, MemoryStore(bucket="b", prefix="p"), engine=engine)
+
+        async def run() -> None:
+            async with engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+            await journal.writer().stage([f"s3://b/p/x/id={uuid.uuid4().hex}"])
+
+        for _ in range(3):
+            asyncio.run(run())
+
+        assert len(journal.writer()._sides) <= 1
+
+    async def test_a_small_pool_is_no_limit(self, world: World) -> None:
+        """A settlement that waits keeps no upload out."""
+        engine = world.database.engine_with(pool_size=1, max_overflow=0)
+        writer = world.journal.writer(engine.sync_engine)
+        async with writer._begin(), writer._begin():
+            if not world.database.is_sqlite:  # whose one lock the first has
+                await writer.stage([new_uri(world)])
+        await engine.dispose()
+
+
+class TestLongUploads:
+    async def test_the_lease_is_renewed(self, database: Database) -> None:
+        """For as long as the upload takes."""
+        async with open_world(database, lease=timedelta(seconds=0.3)) as world:
+            gate = world.store.hold("put", containing="col=body")
+            creating = asyncio.create_task(self._create(world))
+            await gate.reached.wait()
+            first = await self._since(world)
+            async with asyncio.timeout(20):
+                while await self._since(world) == first:  # noqa: ASYNC110 - the database tells nobody
+                    await asyncio.sleep(0.01)
+            gate.open()
+            await creating
+
+            assert len(await world.check()) == 1
+
+    async def test_a_lease_that_is_over(self, world: World) -> None:
+        """The worker condemns the object in the middle of its upload: its row is refused."""
+        gate = world.store.hold("put", containing="col=body")
+        creating = asyncio.create_task(self._create(world))
+        await gate.reached.wait()
+        await world.expire_leases()
+        await Worker(world.journal, world.engine).run_once()
+        gate.open()
+        with pytest.raises(SQLAlchemyError, match=r"being deleted|never staged"):
+            await creating
+
+        assert await world.check() == {}
+
+    async def test_what_was_staged_inside_needs_no_renewal(self, sqlite: Database) -> None:
+        """Nobody else sees it yet, and the session has the one lock for writing."""
+        async with open_world(sqlite, lease=timedelta(milliseconds=1)) as world:
+            writer = world.journal.writer(world.engine.sync_engine)
+            renewed: list[object] = []
+            writer.renewing = renewed.append  # type: ignore[method-assign,assignment]
+            async with world.sessions.begin() as session:
+                session.add(world.Doc(key="a"))
+                await session.flush()
+                session.add(world.Doc(key="b", body=Blob(b"1")))
+
+            assert renewed == []
+            assert len(await world.check()) == 1
+
+    @staticmethod
+    async def _create(world: World) -> None:
+        async with world.sessions.begin() as session:
+            session.add(world.Doc(key="a", body=Blob(b"1")))
+
+    @staticmethod
+    async def _since(world: World) -> object:
+        async with world.engine.connect() as connection:
+            return await connection.scalar(sa.select(world.journal.table.c.since))
+
+
 class TestIsolation:
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
     async def test_a_snapshot_that_is_too_old_is_refused(
@@ -448,7 +704,7 @@ class TestIsolation:
         world = postgres_world
         engine = world.database.engine_with(isolation_level="REPEATABLE READ")
         async with AsyncSession(engine) as session:
-            with pytest.raises(UnsafeTransactionError, match="snapshot"):
+            with pytest.raises(UnsafeTransactionError, match="as of its first statement"):
                 async with blob_transaction(
                     session, store=world.store, journal=world.journal
                 ) as tx:

@@ -53,6 +53,86 @@ async def pass_time(journaled: Journaled, *, hours: float) -> None:
 
 
 class TestRounds:
+    async def test_triggers_that_do_not_stand(
+        self, journaled: Journaled, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The first round says so: what rows let go would never be deleted."""
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await worker(journaled).run_once()
+
+        assert "journaled docs" in caplog.text
+        assert "aioblobcol ddl" in caplog.text
+
+    async def test_all_columns_are_asked_in_one_statement(self, journaled: Journaled) -> None:
+        """Between two an object could move from one column to the other, and be seen in none."""
+        asked: list[str] = []
+
+        def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if statement.startswith("SELECT") and "body" in statement and "scan" in statement:
+                asked.append(statement)
+
+        sync = journaled.database.engine.sync_engine
+        sa.event.listen(sync, "before_cursor_execute", note)
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+        await pass_time(journaled, hours=1)
+        await worker(journaled).run_once()
+        sa.event.remove(sync, "before_cursor_execute", note)
+
+        assert len(asked) == 1
+        assert '"URL"' in asked[0]
+        assert "journaled_pages" in asked[0]
+
+    async def test_rows_that_are_hidden_from_its_role(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """It deletes nothing and says so: a hidden row would be taken for none."""
+        async with open_journaled(postgres, memory_store) as journaled:
+            await journaled.stage("d")
+            await pass_time(journaled, hours=2)
+            async with postgres.engine.begin() as connection:
+                for statement in (
+                    "CREATE ROLE blind LOGIN PASSWORD 'x'",
+                    "GRANT ALL ON ALL TABLES IN SCHEMA public TO blind",
+                    'ALTER TABLE "journaled docs" ENABLE ROW LEVEL SECURITY',
+                ):
+                    await connection.exec_driver_sql(statement)
+            url = sa.make_url(postgres.url).set(username="blind", password="x")
+            engine = create_async_engine(url)
+            with pytest.raises(sa.exc.DBAPIError, match="row-level security"):
+                await Worker(journaled.journal, engine).run_once()
+            await engine.dispose()
+            async with postgres.engine.begin() as connection:
+                await connection.exec_driver_sql("DROP OWNED BY blind CASCADE")
+                await connection.exec_driver_sql("DROP ROLE blind")
+
+            assert await journaled.states() == {"d": "staged"}
+
+    async def test_truncate_and_the_worker_do_not_block_each_other(
+        self, postgres: Database, memory_store: MemoryStore
+    ) -> None:
+        """Both take the tables before the entries."""
+        async with open_journaled(postgres, memory_store) as journaled:
+            await journaled.stage("d", "e")
+            await pass_time(journaled, hours=2)
+            async with postgres.engine.connect() as connection:
+                await connection.exec_driver_sql(
+                    journaled.filled("TRUNCATE <docs>, journaled_pages")
+                )
+                working = asyncio.create_task(worker(journaled).run_once())
+                async with postgres.engine.connect() as asking:
+                    waits = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                    async with asyncio.timeout(20):
+                        while not await asking.scalar(waits):  # noqa: ASYNC110 - nobody tells
+                            await asyncio.sleep(0.01)
+                await connection.exec_driver_sql(
+                    journaled.filled("INSERT INTO <docs> (name, body) VALUES ('x', <d>)")
+                )
+                await connection.commit()
+            await working
+
+            assert (await journaled.states()).get("d") is None  # adopted
+
     async def test_what_a_row_let_go(self, journaled: Journaled) -> None:
         """It is deleted when its retention is over, and its entry goes."""
         await journaled.run("DELETE FROM <docs> WHERE name = 'p'")

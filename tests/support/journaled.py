@@ -26,12 +26,14 @@ class World:
         Task: with a plain column of URIs, of the explicit strength.
     """
 
-    def __init__(self, database: Database, store: MemoryStore, **arguments: Any) -> None:
+    def __init__(
+        self, database: Database, store: MemoryStore, *, name: str = "world", **arguments: Any
+    ) -> None:
         class Base(DeclarativeBase):
             pass
 
         class Doc(Base):
-            __tablename__ = "world_docs"
+            __tablename__ = f"{name}_docs"
 
             key: Mapped[str] = mapped_column(primary_key=True)
             title: Mapped[str | None]
@@ -39,12 +41,12 @@ class World:
             cover: Mapped[Blob | None] = mapped_column(BlobType(format="json"))
 
         class Task(Base):
-            __tablename__ = "world_tasks"
+            __tablename__ = f"{name}_tasks"
 
             url: Mapped[str] = mapped_column(primary_key=True)
             html: Mapped[str | None]
             doc: Mapped[str | None] = mapped_column(
-                sa.ForeignKey("world_docs.key", ondelete="CASCADE")
+                sa.ForeignKey(f"{name}_docs.key", ondelete="CASCADE")
             )
 
         self.Base, self.Doc, self.Task = Base, Doc, Task
@@ -53,6 +55,7 @@ class World:
             Base.metadata,
             store,
             engine=database.engine,
+            table_name=f"{name}_journal" if name != "world" else "aioblobcol_journal",
             **{"uri_columns": [Task.html], "retention": timedelta(0), **arguments},
         )
         self.sessions: async_sessionmaker[AsyncSession] = blob_sessionmaker(

@@ -31,6 +31,7 @@ from aioblobcol.errors import (
     InvalidPutArgumentsError,
     InvalidS3UriError,
     InvalidSourceError,
+    JournalError,
     NaiveDatetimeError,
     Outcome,
     OwnershipError,
@@ -80,10 +81,13 @@ EXAMPLES: list[AioBlobColError] = [
     BlobUploadError("html", NEW, "SlowDown.", {NEW: "AccessDenied"}),
     CleanUpError({OLD: "AccessDenied"}),
     OwnershipError("s3://bucket/app/", "has the marker of another database."),
+    JournalError("OperationalError: no such table: aioblobcol_journal"),
     BlobNotWrittenError([NEW], "It went into no row."),
     BlobSharedError([NEW]),
     CommitOutcomeUnknown([NEW], [OLD]),
     CommitOutcomeUnknown([NEW], []),
+    CommitOutcomeUnknown([NEW], [OLD], Outcome.COMMITTED),
+    CommitOutcomeUnknown([NEW], [OLD], Outcome.ROLLED_BACK),
 ]
 
 

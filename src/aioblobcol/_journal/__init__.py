@@ -7,11 +7,17 @@ from ._indexes import proposed_indexes
 from ._ownership import OwnershipState, check_ownership, claim, disown
 from ._staging import Staging
 from ._table import Journal
-from ._writer import LEFT_TO_WORKER, JournalWriter
+from ._writer import (
+    LEFT_TO_WORKER,
+    SETTLE_SECONDS,
+    JournalWriter,
+    warn_of_missing_triggers,
+)
 
 __all__ = [
     "LEFT_TO_WORKER",
     "PARKED",
+    "SETTLE_SECONDS",
     "Condemned",
     "Entries",
     "Journal",
@@ -32,4 +38,5 @@ __all__ = [
     "named_by_rows",
     "proposed_indexes",
     "tables_with_uris",
+    "warn_of_missing_triggers",
 ]

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
+    bindparam,
     delete,
     false,
     or_,
     select,
+    text,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioblobcol.journal")
 
 URIS_PER_STATEMENT = 500
+PARAMETERS = 32_000
+"""Source: PostgreSQL's protocol (16-bit count, which drivers take as signed), and SQLite's
+SQLITE_MAX_VARIABLE_NUMBER, 32,766 by default."""
 SHORTEST_BACK_OFF = timedelta(seconds=1)
 LONGEST_BACK_OFF = timedelta(hours=1)
 PARKED_FOR = timedelta(days=1)
@@ -73,11 +79,14 @@ class Unneeded:
         were_staged: among them, those that no row has adopted: the transaction was rolled back,
             or did not write them.
         were_adopted: named by a row, or were, and let go.
+        are_gone: not listed any more; on PostgreSQL, where staging is durable, they were adopted,
+            or condemned long ago.
     """
 
     condemned: list[str] = dataclasses.field(default_factory=list)
     were_staged: list[str] = dataclasses.field(default_factory=list)
     were_adopted: list[str] = dataclasses.field(default_factory=list)
+    are_gone: list[str] = dataclasses.field(default_factory=list)
 
 
 class Entries:
@@ -129,7 +138,7 @@ class Entries:
                 another worker's.
         """
         table = self._table
-        await self._lock_for_writing(connection)
+        await self._lock(connection)
         is_ours = is_under(table.c.uri, self._journal.stores.values() if stores is None else stores)
         is_due = or_(
             is_condemnable(table, self._dialect_name),
@@ -178,9 +187,10 @@ class Entries:
     ) -> Unneeded:
         """Claim new objects whose transaction is over and that no row names.
 
-        What is staged is claimed. What is not listed was adopted, or was staged in a transaction
-        that was undone: it is entered first, so that nobody can adopt it any more, and then the
-        rows are asked. What is retired or condemned is somebody else's.
+        What is staged is claimed, and what is not listed is left alone: it was adopted. On SQLite
+        it may also have been staged in a transaction that was undone: it is entered first, so that
+        nobody can adopt it any more, and then the rows are asked. What is retired or condemned is
+        somebody else's.
 
         Args:
             connection: in a READ COMMITTED transaction.
@@ -190,10 +200,10 @@ class Entries:
             is_doubtful: nobody knows how the transaction ended: wait until it has, and ask the
                 rows of all of them.
         """
-        await self._lock_for_writing(connection)
+        await self._lock(connection, reads_rows=is_doubtful)
         whole = Unneeded()
         for some in _batched(uris):
-            entered = await self._enter(connection, some)
+            entered = await self._enter(connection, some) if self._is_sqlite else []
             listed = await self._listed_states(connection, some, skip_locked=not is_doubtful)
             staged = [uri for uri in some if listed.get(uri) == "staged"]
             asked = [*entered, *staged] if is_doubtful else entered
@@ -202,6 +212,7 @@ class Entries:
             whole.condemned += [uri for uri in (*entered, *staged) if uri not in named]
             whole.were_staged += [uri for uri in staged if uri not in named]
             whole.were_adopted += [*named, *(uri for uri in some if listed.get(uri) == "retired")]
+            whole.are_gone += [uri for uri in some if uri not in listed and uri not in entered]
         for some in _batched(whole.condemned):
             await connection.execute(
                 update(self._table)
@@ -216,7 +227,7 @@ class Entries:
         return whole
 
     async def _enter(self, connection: AsyncConnection, uris: Sequence[str]) -> list[str]:
-        """Condemn those that are not listed, and return them; of others, nobody is waited for."""
+        """Condemn those that are not listed, and return them."""
         new = [{"uri": uri, "state": "deleting"} for uri in uris]
         inserted = self._insert_new().values(new).returning(self._table.c.uri)
         return list((await connection.execute(inserted)).scalars())
@@ -290,6 +301,11 @@ class Entries:
         entered = await connection.execute(self._insert_new(), values)
         return entered.rowcount == 1 and not await self._named_by_rows(connection, [uri])
 
+    async def staged(self, connection: AsyncConnection, uris: Sequence[str]) -> list[str]:
+        """Return those of *uris* that are staged."""
+        states = await self._listed_states(connection, uris, skip_locked=True)
+        return [uri for uri, state in states.items() if state == "staged"]
+
     async def listed(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
         """Return those of *uris* that the journal lists, in whatever state."""
         found: set[str] = set()
@@ -300,10 +316,21 @@ class Entries:
             )
         return found
 
-    async def _lock_for_writing(self, connection: AsyncConnection) -> None:
-        """Take SQLite's one lock for writing, and wait for it."""
+    async def _lock(self, connection: AsyncConnection, *, reads_rows: bool = True) -> None:
+        """Take what the work needs in the order in which everybody takes it.
+
+        SQLite's one lock for writing; on PostgreSQL the tables before the entries, as somebody
+        does who truncates a table, or writes rows and then takes their entries.
+        """
         if self._is_sqlite:
             await connection.execute(delete(self._table).where(false()))
+            return
+        if not reads_rows:
+            return
+        preparer = connection.dialect.identifier_preparer
+        tables = [preparer.format_table(each.table) for each in self._journal.journaled_tables]
+        if tables:
+            await connection.execute(text(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE"))
 
     def _insert_new(self) -> Any:
         """Return an INSERT that leaves alone what is listed already."""
@@ -333,13 +360,26 @@ class Entries:
 async def named_by_rows(
     connection: AsyncConnection, tables: Iterable[JournaledTable], uris: Sequence[str]
 ) -> set[str]:
-    """Return those of *uris* that a row of *tables* names."""
-    named: set[str] = set()
+    """Return those of *uris* that a row of *tables* names.
+
+    All columns are asked in one statement, which has one snapshot: between two of them an object
+    could move from one column to the other. Where policies of PostgreSQL hide rows from this role,
+    it raises, for a hidden row would be taken for none.
+
+    Raises:
+        SQLAlchemyError: the rows could not be read, or not all of them.
+    """
     columns = [uri for each in tables for uri in each.uris]
-    for some in _batched(uris):
-        for uri in columns:
-            found = await connection.execute(select(uri).where(uri.in_(some)))
-            named.update(found.scalars())
+    if not columns or not uris:
+        return set()
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text("SET LOCAL row_security = off"))
+    wanted: Any = bindparam("uris", expanding=True)
+    statement = union_all(*(select(uri.label("uri")).where(uri.in_(wanted)) for uri in columns))
+    named: set[str] = set()
+    for some in _batched(uris, size=max(1, min(URIS_PER_STATEMENT, PARAMETERS // len(columns)))):
+        found = await connection.execute(statement, {"uris": list(some)})
+        named.update(found.scalars())
     return named
 
 
@@ -349,6 +389,6 @@ def back_off(attempts: int) -> timedelta:
     return min(timedelta(seconds=seconds), LONGEST_BACK_OFF)
 
 
-def _batched(uris: Sequence[str]) -> Iterable[Sequence[str]]:
-    for start in range(0, len(uris), URIS_PER_STATEMENT):
-        yield uris[start : start + URIS_PER_STATEMENT]
+def _batched(uris: Sequence[str], *, size: int = URIS_PER_STATEMENT) -> Iterable[Sequence[str]]:
+    for start in range(0, len(uris), size):
+        yield uris[start : start + size]

@@ -21,10 +21,21 @@ class GroupCommit:
     """One writer for all tasks of one event loop."""
 
     def __init__(
-        self, write: Callable[[Sequence[str]], Awaitable[None]], *, seconds: float
+        self,
+        write: Callable[[Sequence[str]], Awaitable[None]],
+        *,
+        seconds: float,
+        is_entrys_fault: Callable[[Exception], bool],
     ) -> None:
-        """Gather for *write*, which may take so many seconds."""
+        """Gather for *write*.
+
+        Args:
+            write: may take so many *seconds*.
+            seconds: see there.
+            is_entrys_fault: tells of an error of *write* whether other entries could be written.
+        """
         self._write = write
+        self._is_entrys_fault = is_entrys_fault
         self._seconds = seconds
         self._waiting: Batch = []
         self._task: asyncio.Task[None] | None = None
@@ -38,7 +49,7 @@ class GroupCommit:
         """
         written = asyncio.get_running_loop().create_future()
         self._waiting.append((entries, written))
-        if self._task is None or self._task.done():
+        if self._task is None:
             self._task = asyncio.create_task(self._run(), name="aioblobcol: group commit")
         await written
 
@@ -48,8 +59,9 @@ class GroupCommit:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
                 await self._write_batch(batch)
-        finally:  # the loop is shut down: nobody is left waiting
-            for _, written in (*batch, *self._waiting):
+        finally:
+            self._task = None
+            for _, written in (*batch, *self._waiting):  # the loop is shut down
                 written.cancel()
 
     async def _write_batch(self, batch: Batch) -> None:
@@ -57,9 +69,9 @@ class GroupCommit:
         if not wanted:
             return
         error = await self._attempt(wanted)
-        if error is not None:  # an answer was lost, perhaps, or the connection was a stale one
-            error = await self._attempt(wanted)
-        if error is None or len(wanted) == 1 or isinstance(error, TimeoutError):
+        if error is not None and not self._is_entrys_fault(error):
+            error = await self._attempt(wanted)  # its connection was stale, or lost on the way
+        if error is None or len(wanted) == 1 or not self._is_entrys_fault(error):
             _tell(wanted, error)
             return
         for one in wanted:

@@ -29,7 +29,7 @@ class Staging:
     def __init__(self, writer: JournalWriter | None) -> None:
         self.is_begun = False
         self._writer = writer
-        self._is_staged = writer is None
+        self._is_inside = False
 
     def begin(self, session: Session | None, uris: Sequence[str]) -> None:
         """Refuse what no row could adopt; stage what has to go through the session.
@@ -46,21 +46,22 @@ class Staging:
             return
         writer.check_snapshot(session)
         if writer.stages_inside(session):
-            self.is_begun = self._is_staged = True
+            self.is_begun = self._is_inside = True
             writer.stage_inside(session, uris)
 
     async def upload(self, uploads: Sequence[Upload]) -> list[Attempt]:
         """Stage, if that was not done yet, and upload; see `upload_each`.
 
         Raises:
-            SQLAlchemyError, TimeoutError: the journal could not be written; nothing was sent.
+            JournalError: the journal could not be written; nothing was sent.
         """
         writer = self._writer
         if writer is None or not uploads:
             return await upload_each(uploads)
         uris = [upload.uri for upload in uploads]
-        if not self._is_staged:
-            self.is_begun = True
-            await writer.stage(uris)
+        if self._is_inside:  # nobody else sees it yet, and nobody else may write
+            return await upload_each(uploads)
+        self.is_begun = True
+        await writer.stage(uris)
         async with writer.renewing(uris):
             return await upload_each(uploads)

@@ -26,7 +26,9 @@ from sqlalchemy import (
     event,
     func,
     text,
+    update,
 )
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from .._store._base import Store, named_stores
@@ -36,11 +38,12 @@ from ._columns import JournaledTable, Place, column_of, present, tables_with_uri
 from ._ownership import owners_table
 from ._postgresql import PostgresqlTriggers
 from ._sqlite import SqliteTriggers
-from ._writer import JournalWriter
+from ._writer import JournalWriter, check_schemas
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.orm import Session
 
 TABLE_NAME = "aioblobcol_journal"
 INFO_KEY = "aioblobcol.journal"
@@ -216,8 +219,8 @@ class Journal:
         if engine is None:
             if self._engine is None:
                 raise InvalidInputError(
-                    "which database? Journal(metadata, stores, engine=engine), or upload inside "
-                    "of blob_transaction(session, journal=journal)"
+                    "which database? Journal(metadata, stores, engine=engine) tells for sessions "
+                    "with binds=..., and for put_s3() outside of blob_transaction()"
                 )
             engine = self._engine.sync_engine
         writer = self._writers.get(engine.dialect)
@@ -225,6 +228,19 @@ class Journal:
             self.triggers(engine.dialect)  # or there is no journal on it
             writer = self._writers[engine.dialect] = JournalWriter(self, engine)
         return writer
+
+    def writer_of(self, session: Session) -> JournalWriter:
+        """Return what stages and settles for a session.
+
+        Raises:
+            InvalidInputError: nobody can tell its database, or its tables are others.
+        """
+        try:  # with a statement that writes: some sessions read from replicas
+            bind = session.get_bind(clause=update(self.table))
+        except UnboundExecutionError:
+            return self.writer()
+        check_schemas(bind)
+        return self.writer(bind.engine)
 
     def triggers(
         self, dialect: Dialect, *, schemas: Mapping[str | None, str | None] | None = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 import weakref
 from datetime import timedelta
@@ -23,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, Text, bindparam, event, select, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from .._connection import held_connections, use_explicit_begin
+from .._connection import held_connections, pool_like, root_engine, use_explicit_begin
 from .._store._base import DeleteReport, is_owned
 from .._transfer import delete_all
 from .._uri import is_one_attempt
-from ..errors import InvalidInputError, Outcome, UnsafeTransactionError
-from ._entries import Condemned, Entries, Unneeded
+from ..errors import InvalidInputError, JournalError, Outcome, UnsafeTransactionError
+from ._entries import URIS_PER_STATEMENT, Condemned, Entries, Unneeded
 from ._group_commit import GroupCommit
 
 if TYPE_CHECKING:
@@ -50,20 +51,22 @@ logger = logging.getLogger("aioblobcol.journal")
 STAGE_SECONDS = 30
 SETTLE_SECONDS = 60
 SETTLED_AT_ONCE = 2
-"""Connections of the journal's own that settlements of one process take at a time."""
+"""Settlements of one process that ask the database at a time; and one that waits for others."""
+CONNECTIONS = 6
+"""Of the journal's own, at most: stagings, settlements, what they note later, renewals."""
 CLAIMED_FOR = timedelta(minutes=15)
 QUARANTINE = timedelta(hours=1)
 """How long a request may live: then the object of an unanswered upload is deleted once more."""
 RENEWALS_PER_LEASE = 3
 
+NOT_CONDEMNED = "the journal does not list it as free: a row has it, or its transaction goes on"
 LEFT_TO_WORKER = "its row let it go; the journal's worker deletes it after the retention"
 SNAPSHOT_REFUSED = (
-    "this transaction is {level} and has its snapshot already, in which no object that is staged "
-    "from now on can be seen, so that no row could adopt it. Call "
-    "`await upload_blobs(session, ...)` before its first statement, or use READ COMMITTED"
+    "this transaction is {level}: it sees the database as of its first statement, and no object "
+    "that is staged from now on, so that no row could adopt it. Call "
+    "`await upload_blobs(session, ...)` before it begins, or use READ COMMITTED"
 )
 SNAPSHOT_LEVELS = frozenset({"REPEATABLE READ", "SERIALIZABLE"})
-IN_MEMORY = frozenset({None, "", ":memory:"})
 
 STAGE = """
 INSERT INTO {entries} (uri, state) SELECT given, 'staged' FROM unnest(:uris) AS given
@@ -85,14 +88,15 @@ class JournalWriter:
     def __init__(self, journal: Journal, engine: Engine) -> None:
         self.journal = journal
         self.is_volatile = _is_in_memory(engine)
-        self._origin = engine
+        self._origin = root_engine(engine)
+        self._dialect = engine.dialect
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._entries = Entries(journal, engine.dialect.name)
         self._stage = _stage_statement(journal.table, engine.dialect)
         self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
             weakref.WeakKeyDictionary()
         )
-        event.listen(engine, "engine_disposed", self._origin_was_disposed)
+        event.listen(self._origin, "engine_disposed", self._origin_was_disposed)
 
     # --- before
 
@@ -103,7 +107,7 @@ class JournalWriter:
             InvalidInputError: nothing was written.
         """
         for uri in uris:
-            if not is_one_attempt(uri) or self._store_of(uri) is None:
+            if not self.looks_after(uri):
                 raise InvalidInputError(
                     f"{uri} is in none of the journal's stores: give Journal(metadata, stores) all "
                     "stores of the sessions"
@@ -114,21 +118,24 @@ class JournalWriter:
 
         Raises:
             UnsafeTransactionError: nothing was sent but the question.
+            InvalidInputError: its tables are others than the journal's.
         """
-        for connection in () if self._is_sqlite else self._held(session):
+        for connection in self._held_here(session):
+            check_schemas(connection)
+        for connection in () if self._is_sqlite else self._held_here(session):
             level = str(connection.get_isolation_level())
             if level in SNAPSHOT_LEVELS:
                 raise UnsafeTransactionError(SNAPSHOT_REFUSED.format(level=level))
 
     def stages_inside(self, session: Session) -> bool:
         """Tell whether staging has to go through the session's own connection."""
-        return self._is_sqlite and (self.is_volatile or bool(self._held(session)))
+        return self._is_sqlite and (self.is_volatile or bool(self._held_here(session)))
 
     def stage_inside(self, session: Session, uris: Collection[str]) -> None:
         """Stage in the session's transaction, in a greenlet; gone if it, or a savepoint, is undone.
 
         Raises:
-            Exception: of the driver.
+            JournalError: it could not be written.
         """
         connection = session.connection(bind_arguments={"clause": self.journal.table})
         entries = connection.dialect.identifier_preparer.format_table(self.journal.table)
@@ -138,6 +145,8 @@ class JournalWriter:
                 f"INSERT OR IGNORE INTO {entries} (uri, state) VALUES (?, 'staged')",
                 [(uri,) for uri in uris],
             )
+        except Exception as exc:  # the driver's own
+            raise JournalError(f"{type(exc).__name__}: {exc}") from exc
         finally:
             cursor.close()
 
@@ -146,14 +155,18 @@ class JournalWriter:
 
         Raises:
             InvalidInputError: a database in memory, of which there is no second connection.
-            SQLAlchemyError, TimeoutError: nothing may be uploaded.
+            JournalError: it could not be written; nothing may be uploaded.
         """
         if self.is_volatile:
             raise InvalidInputError(
                 "the journal is in memory, where only the session's own connection finds it: "
                 "upload inside of blob_transaction(session, journal=journal)"
             )
-        await self._side.group.submit(tuple(uris))
+        try:
+            await self._side.group.submit(tuple(uris))
+        except Exception as exc:  # drivers raise what they like when they cannot connect
+            reason = str(exc).partition("\n")[0] or "no answer in time"
+            raise JournalError(f"{type(exc).__name__}: {reason}") from exc
 
     @contextlib.asynccontextmanager
     async def renewing(self, uris: Collection[str]) -> AsyncIterator[None]:
@@ -173,11 +186,30 @@ class JournalWriter:
 
     def still_staged(self, session: Session, uris: Sequence[str]) -> list[str]:
         """Return those that the session's transaction has not adopted, in a greenlet."""
-        table = self.journal.table
-        is_staged = select(table.c.uri).where(table.c.uri.in_(uris), table.c.state == "staged")
-        return sorted(session.execute(is_staged).scalars())
+        table, left = self.journal.table, list[str]()
+        held = self._held_here(session) or held_connections(session.get_transaction())
+        if not held:
+            return []
+        for start in range(0, len(uris), URIS_PER_STATEMENT):
+            some = uris[start : start + URIS_PER_STATEMENT]
+            is_staged = select(table.c.uri).where(table.c.uri.in_(some), table.c.state == "staged")
+            left += held[0].execute(is_staged).scalars()
+        return sorted(left)
+
+    def looks_after(self, uri: str) -> bool:
+        """Tell whether the triggers retire an object that its row lets go."""
+        return is_one_attempt(uri) and self._store_of(uri) is not None
 
     # --- afterwards
+
+    async def unadopted(self, uris: Sequence[str]) -> list[str]:
+        """Return those that no committed row has adopted; none if nobody can tell."""
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS), self._begin() as connection:
+                return await self._entries.staged(connection, uris)
+        except Exception as exc:
+            logger.warning("the journal could not be asked", exc_info=exc)
+            return []
 
     async def settle(
         self, unneeded: Mapping[str, Store], *, unanswered: Collection[str] = ()
@@ -193,7 +225,9 @@ class JournalWriter:
         report, _ = await self._settle(unneeded, unanswered, is_doubtful=False)
         return report
 
-    async def resolve(self, created: Mapping[str, Store]) -> tuple[DeleteReport, Outcome]:
+    async def resolve(
+        self, created: Mapping[str, Store], *, staged_at: float | None
+    ) -> tuple[DeleteReport, Outcome]:
         """Find out what became of a transaction whose COMMIT was not answered, and settle.
 
         A plain read would still show its objects as staged while the server commits: their
@@ -201,16 +235,20 @@ class JournalWriter:
 
         Args:
             created: the objects that it wrote into rows, with their stores.
+            staged_at: when the first of them was, on the monotonic clock, if that is known.
 
         Returns:
             What was deleted, and the outcome: unknown if the database does not answer, or if its
-            objects are neither listed nor in rows (they were replaced and deleted meanwhile, or
-            staged in the very transaction).
+            objects are neither listed nor in rows, and a worker may have removed them meanwhile.
         """
         report, found = await self._settle(created, tuple(created), is_doubtful=True)
-        if found.were_staged:
+        age = None if staged_at is None else time.monotonic() - staged_at
+        is_recent = age is not None and age < self._lease_seconds / 2
+        if found.were_adopted or (found.are_gone and is_recent):
+            return report, Outcome.COMMITTED
+        if found.were_staged and not found.are_gone:
             return report, Outcome.ROLLED_BACK
-        return report, Outcome.COMMITTED if found.were_adopted else Outcome.UNKNOWN
+        return report, Outcome.UNKNOWN
 
     async def _settle(
         self, unneeded: Mapping[str, Store], unanswered: Collection[str], *, is_doubtful: bool
@@ -219,7 +257,8 @@ class JournalWriter:
         found = Unneeded()
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
-                found = await self._condemn(claim, unneeded, is_doubtful=is_doubtful)
+                async with self._side.slots[is_doubtful]:  # those wait for others
+                    found = await self._condemn(claim, unneeded, is_doubtful=is_doubtful)
                 condemned = [Condemned(uri, 0, uri in unanswered) for uri in found.condemned]
                 return await self._carry_out(claim, condemned, unneeded), found
         except Exception as exc:
@@ -244,8 +283,10 @@ class JournalWriter:
     async def _carry_out(
         self, claim: str, condemned: Sequence[Condemned], stores: Mapping[str, Store]
     ) -> DeleteReport:
+        mine = {each.uri for each in condemned}
+        kept = {uri: NOT_CONDEMNED for uri in stores if uri not in mine}
         if not condemned:
-            return DeleteReport()
+            return DeleteReport(kept=kept)
         report = await _delete({each.uri: stores[each.uri] for each in condemned})
         deleted = [each for each in condemned if each.uri not in report.failed]
         failed = {
@@ -256,7 +297,7 @@ class JournalWriter:
         async with self._begin() as connection:
             await self._entries.forget(connection, deleted, claim=claim, quarantine=QUARANTINE)
             await self._entries.postpone(connection, failed, claim=claim)
-        return report
+        return report.merged_with(DeleteReport(kept=kept))
 
     # --- connections
 
@@ -265,12 +306,15 @@ class JournalWriter:
         loop = asyncio.get_running_loop()
         side = self._sides.get(loop)
         if side is None:
+            for other in [other for other in self._sides if other.is_closed()]:
+                del self._sides[other]
             side = self._sides[loop] = _Side(self._own_engine(), self._write)
         return side
 
     def _own_engine(self) -> AsyncEngine:
         origin = self._origin
-        engine = AsyncEngine(Engine(origin.pool.recreate(), origin.dialect, origin.url))
+        pool = pool_like(origin.pool, at_least=CONNECTIONS)
+        engine = AsyncEngine(Engine(pool, origin.dialect, origin.url))
         use_explicit_begin(engine)
         return engine
 
@@ -286,14 +330,17 @@ class JournalWriter:
     @contextlib.asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncConnection]:
         """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        side = self._side
-        async with side.slots, side.engine.connect() as connection:
+        async with self._side.engine.connect() as connection:
             if not self._is_sqlite:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             async with connection.begin():
                 yield connection
 
     async def _write(self, uris: Sequence[str]) -> None:
+        if not self._side.has_looked:
+            self._side.has_looked = True
+            async with self._begin() as connection:
+                await warn_of_missing_triggers(self.journal, connection)
         if self._is_sqlite:
             async with self._side.engine.begin() as connection:
                 await self._entries.stage(connection, uris)
@@ -316,9 +363,10 @@ class JournalWriter:
     def _lease_seconds(self) -> float:
         return self.journal.lease.total_seconds()
 
-    @staticmethod
-    def _held(session: Session) -> list[Connection]:
-        return held_connections(session.get_transaction()) or []
+    def _held_here(self, session: Session) -> list[Connection]:
+        """Return the connections to this database that the session's transaction uses."""
+        held = held_connections(session.get_transaction()) or []
+        return [each for each in held if each.dialect is self._dialect]
 
     def _store_of(self, uri: str) -> Store | None:
         stores = self.journal.stores.values()
@@ -330,9 +378,34 @@ class _Side:
 
     def __init__(self, engine: AsyncEngine, write: Any) -> None:
         self.engine = engine
+        self.has_looked = False
         self.autocommitting = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self.group = GroupCommit(write, seconds=STAGE_SECONDS)
-        self.slots = asyncio.Semaphore(SETTLED_AT_ONCE)
+        self.group = GroupCommit(write, seconds=STAGE_SECONDS, is_entrys_fault=_is_entrys_fault)
+        self.slots = {False: asyncio.Semaphore(SETTLED_AT_ONCE), True: asyncio.Semaphore(1)}
+
+
+async def warn_of_missing_triggers(journal: Journal, connection: AsyncConnection) -> None:
+    """Say so if rows of some table are written past the journal."""
+    missing = await connection.run_sync(journal.missing_triggers)
+    if missing:
+        logger.warning(
+            "the journal's triggers do not stand, are disabled or out of date on %s: install them "
+            "with `aioblobcol ddl` or Journal.create_triggers",
+            ", ".join(missing),
+        )
+
+
+def check_schemas(bind: Engine | Connection) -> None:
+    """Refuse what would write rows elsewhere than where the journal is.
+
+    Raises:
+        InvalidInputError: a ``schema_translate_map``.
+    """
+    if bind.get_execution_options().get("schema_translate_map"):
+        raise InvalidInputError(
+            "a journal works on the tables of its own MetaData, and not with a "
+            "schema_translate_map: make a MetaData with a Journal for each schema"
+        )
 
 
 def _stage_statement(table: Table, dialect: Dialect) -> TextClause:
@@ -356,8 +429,14 @@ async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
     return whole
 
 
+def _is_entrys_fault(error: Exception) -> bool:
+    """Tell whether other entries could be written although this failed."""
+    is_ours = isinstance(error, StatementError) and not isinstance(error, DBAPIError)
+    return is_ours or isinstance(error, (DataError, IntegrityError))
+
+
 def _is_in_memory(engine: Engine) -> bool:
     if engine.dialect.name != "sqlite":
         return False
-    is_kept = isinstance(engine.pool, (StaticPool, SingletonThreadPool))
-    return is_kept or engine.url.database in IN_MEMORY or "mode=memory" in str(engine.url)
+    database = engine.url.database
+    return not database or ":memory:" in database or "mode=memory" in str(engine.url)
