@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -22,7 +23,7 @@ import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Text, bindparam, event, select, text
+from sqlalchemy import ARRAY, Text, bindparam, event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -32,7 +33,7 @@ from .._store._base import DeleteReport, is_owned
 from .._transfer import delete_all
 from .._uri import is_one_attempt
 from ..errors import InvalidInputError, JournalError, Outcome, UnsafeTransactionError
-from ._entries import URIS_PER_STATEMENT, Condemned, Entries, Unneeded
+from ._entries import Condemned, Entries, Unneeded
 from ._group_commit import GroupCommit
 
 if TYPE_CHECKING:
@@ -74,6 +75,14 @@ WHERE set_config('synchronous_commit', CASE current_setting('synchronous_commit'
     WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true) IS NOT NULL
 ON CONFLICT DO NOTHING"""
 """A transaction of its own, in one round trip; durable although the server's default is not."""
+STILL_STAGED = {
+    "postgresql": "SELECT uri FROM {entries} WHERE uri = ANY(:uris) AND state = 'staged'",
+    "sqlite": (
+        "SELECT uri FROM {entries} "
+        "WHERE uri IN (SELECT value FROM json_each(:uris)) AND state = 'staged'"
+    ),
+}
+"""With one parameter, whatever their number; no list has to be written anew each time."""
 
 
 class JournalWriter:
@@ -92,7 +101,10 @@ class JournalWriter:
         self._dialect = engine.dialect
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._entries = Entries(journal, engine.dialect.name)
-        self._stage = _stage_statement(journal.table, engine.dialect)
+        self._stage = _with_uris(STAGE, journal.table, engine.dialect)
+        self._still_staged = _with_uris(
+            STILL_STAGED[engine.dialect.name], journal.table, engine.dialect
+        )
         self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
             weakref.WeakKeyDictionary()
         )
@@ -186,15 +198,11 @@ class JournalWriter:
 
     def still_staged(self, session: Session, uris: Sequence[str]) -> list[str]:
         """Return those that the session's transaction has not adopted, in a greenlet."""
-        table, left = self.journal.table, list[str]()
         held = self._held_here(session) or held_connections(session.get_transaction())
         if not held:
             return []
-        for start in range(0, len(uris), URIS_PER_STATEMENT):
-            some = uris[start : start + URIS_PER_STATEMENT]
-            is_staged = select(table.c.uri).where(table.c.uri.in_(some), table.c.state == "staged")
-            left += held[0].execute(is_staged).scalars()
-        return sorted(left)
+        given = json.dumps(uris) if self._is_sqlite else list(uris)
+        return sorted(held[0].execute(self._still_staged, {"uris": given}).scalars())
 
     def looks_after(self, uri: str) -> bool:
         """Tell whether the triggers retire an object that its row lets go."""
@@ -408,10 +416,11 @@ def check_schemas(bind: Engine | Connection) -> None:
         )
 
 
-def _stage_statement(table: Table, dialect: Dialect) -> TextClause:
-    entries = dialect.identifier_preparer.format_table(table)
-    statement = text(STAGE.format(entries=entries))
-    return statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
+def _with_uris(sql: str, table: Table, dialect: Dialect) -> TextClause:
+    """Return a statement about entries with one parameter, an array or a text in JSON."""
+    statement = text(sql.format(entries=dialect.identifier_preparer.format_table(table)))
+    type_: Any = Text if dialect.name == "sqlite" else ARRAY(Text)
+    return statement.bindparams(bindparam("uris", type_=type_))
 
 
 async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
