@@ -26,6 +26,7 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    text,
     type_coerce,
     update,
 )
@@ -49,6 +50,10 @@ REFUSED_FOR_GOOD = frozenset(
     {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket", "ObjectLocked"}
 )
 """Source: Amazon S3 API Reference, "Error responses"."""
+DURABLE = """
+SELECT set_config('synchronous_commit', 'on', true)
+WHERE current_setting('synchronous_commit') = 'off'"""
+"""For the transaction; where the server's default waits for more than its own disk, it stays."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ class Entries:
             lease: when another worker may take them over.
         """
         table = self._table
-        await self._lock_for_writing(connection)
+        await self._begin_condemning(connection)
         now = self._after(timedelta(0))
         is_due = or_(
             and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
@@ -183,7 +188,7 @@ class Entries:
             is_doubtful: nobody knows how the transaction ended: wait until it has, and ask the
                 rows of all of them.
         """
-        await self._lock_for_writing(connection)
+        await self._begin_condemning(connection)
         whole = Unneeded()
         for some in _batched(uris):
             entered = await self._enter(connection, some)
@@ -293,10 +298,15 @@ class Entries:
             )
         return found
 
-    async def _lock_for_writing(self, connection: AsyncConnection) -> None:
-        """Take SQLite's one lock for writing, and wait for it."""
+    async def _begin_condemning(self, connection: AsyncConnection) -> None:
+        """Take SQLite's one lock for writing; have PostgreSQL's COMMIT be durable.
+
+        If a crash of the server could undo it, a row might adopt an object that is deleted.
+        """
         if self._is_sqlite:
             await connection.execute(delete(self._table).where(false()))
+        else:
+            await connection.execute(text(DURABLE))
 
     def _insert_new(self) -> Any:
         """Return an INSERT that leaves alone what is listed already."""
@@ -322,10 +332,9 @@ class Entries:
         """Return the database's time, so much later."""
         if self._is_sqlite:
             seconds = f"{delay.total_seconds():+f} seconds"
-            text = func.strftime("%Y-%m-%d %H:%M:%f000", "now", seconds)
-            return type_coerce(text, DateTime())
-        moment = func.clock_timestamp(type_=DateTime(timezone=True))
-        return moment + delay
+            moment = func.strftime("%Y-%m-%d %H:%M:%f000", "now", seconds)
+            return type_coerce(moment, DateTime())
+        return func.clock_timestamp(type_=DateTime(timezone=True)) + delay
 
 
 async def named_by_rows(
