@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from support.killed_programs import PROGRAMS
-from support.killing import Figures, Nursery, Ward, open_nursery, open_ward
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+from support.killed_postgres import kill_in_commits
+from support.killed_programs import PREFIX, PROGRAMS, open_engine
+from support.killing import (
+    Comparison,
+    Figures,
+    LastWords,
+    Nursery,
+    Ward,
+    open_nursery,
+    open_tables,
+    open_ward,
+)
+from support.postgres_server import PostgresServer, postgres_server
 
-from aioblobcol.testing import S3Server
+from aioblobcol._worker import Worker
+from aioblobcol.testing import MemoryStore, S3Server
 
 STEP_KILLS = 3
 RANDOM_KILLS = 25
@@ -78,3 +94,68 @@ class TestKilled:
 
         verdict(ward.figures, record_property)
         assert ward.figures.kills >= alive.steps
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """Give a server that writes its log late, unless it is told to at a COMMIT."""
+    # the latter has recovery take no seconds
+    settings = ("wal_writer_delay = 10s", "recovery_init_sync_method = syncfs")
+    with postgres_server(*settings) as opened:
+        yield opened
+
+
+@contextlib.asynccontextmanager
+async def open_comparison(server: PostgresServer, **settings: str) -> AsyncIterator[Comparison]:
+    engine = open_engine(server.url, connect_args={"server_settings": settings})
+    async with MemoryStore(bucket="bucket", prefix=PREFIX) as store:
+        async with open_tables(engine, store) as place:
+            yield Comparison(place)
+    await engine.dispose()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("synchronous_commit", ["on", "off"])
+class TestKilledPostgresql:
+    @pytest.mark.parametrize(
+        "kills", [6, pytest.param(30, marks=[pytest.mark.long, pytest.mark.timeout(1200)])]
+    )
+    async def test_in_the_middle_of_commits(
+        self,
+        server: PostgresServer,
+        synchronous_commit: str,
+        kills: int,
+        record_property: Callable[[str, object], None],
+    ) -> None:
+        """What was acknowledged is there again, the stores agree; whatever the default is."""
+        dice = random.Random(f"{kills} {synchronous_commit}")  # noqa: S311
+        settings = {"synchronous_commit": synchronous_commit}
+        async with open_comparison(server, **settings) as comparison:
+            for _ in range(kills):
+                await kill_in_commits(server, comparison, dice)
+
+            verdict(comparison.figures, record_property)
+
+    async def test_what_was_condemned_stays_so(
+        self, server: PostgresServer, synchronous_commit: str
+    ) -> None:
+        """An object was deleted: no row may name it, though the server forgets what it can."""
+        settings = {"synchronous_commit": synchronous_commit}
+        async with open_comparison(server) as comparison:
+            place = comparison.place
+            put = await place.put("t1", "late")
+            await place.let_days_pass()
+            hasty = open_engine(server.url, connect_args={"server_settings": settings})
+            worker = Worker(place.journal, hasty)
+            assert (await worker.run_once()).deleted == 1
+            server.kill()
+            await hasty.dispose()
+            await place.engine.dispose()
+            await asyncio.to_thread(server.start_again)
+            with pytest.raises(DBAPIError, match="being deleted"):
+                async with place.engine.begin() as connection:
+                    row = {"key": "t1", "html_says": "late", **put.to_values()}
+                    await connection.execute(sa.insert(place.Task), row)
+            await put.clean_up_created_s3_object_when_create_or_update_row_failed()
+
+            assert await comparison.compare(LastWords()) == []

@@ -342,6 +342,39 @@ async def check(place: Place, told: Told) -> None:
     await place.worker().drain()
 
 
+async def churn_managed(place: Place, told: Told, key: str) -> None:
+    """Create, replace and delete a row of one's own."""
+    doc, sessions = place.Doc, place.sessions
+    with told.committing({f"{key}.body": "one", f"{key}.cover": "front"}):
+        async with sessions.begin() as session:
+            session.add(place.doc(key, body="one", cover="front"))
+    with told.committing({f"{key}.body": "two"}):
+        async with sessions.begin() as session:
+            row = await session.get_one(doc, key)
+            row.body, row.body_says = Blob(b"two"), "two"
+    with told.committing({f"{key}.body": None, f"{key}.cover": None}):
+        async with sessions.begin() as session:
+            await session.delete(await session.get_one(doc, key))
+
+
+async def churn_explicit(place: Place, told: Told, key: str) -> None:
+    """Create, replace and delete a row of one's own."""
+    task, cell = place.Task, f"{key}.html"
+    async with AsyncSession(place.engine, expire_on_commit=False) as session:
+        with told.committing({cell: "one"}):
+            async with place.explicit(session) as tx:
+                put = await tx.put_s3(pk=key, api_calls=[PutS3ApiCall("html", b"one", None)])
+                session.add(row := task(key=key, html_says="one", **put.to_values()))
+        with told.committing({cell: "two"}):
+            async with place.explicit(session) as tx:
+                put = await tx.put_s3(pk=key, api_calls=[PutS3ApiCall("html", b"two", row.html)])
+                row.html, row.html_says = put.to_values()["html"], "two"
+        with told.committing({cell: None}):
+            async with place.explicit(session) as tx:
+                tx.delete_s3([row.html])
+                await session.delete(row)
+
+
 PROGRAMS: Mapping[str, Program] = {
     each.__name__: each for each in (managed, explicit, bulk, worker, check)
 }

@@ -24,7 +24,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aioblobcol._check import FindingKind
-from aioblobcol.testing import S3Server
+from aioblobcol.testing import MemoryStore, S3Server
 
 from .killed_programs import ALIVE, PREFIX, Contents, Place, open_engine
 from .s3_proxy import Forward, Request, S3Proxy, s3_proxy
@@ -76,7 +76,7 @@ def open_nursery() -> Iterator[Nursery]:
 
 
 @dataclasses.dataclass
-class Testament:
+class LastWords:
     """What programs have told.
 
     Attributes:
@@ -117,12 +117,15 @@ class Testament:
     def was_killed(self) -> bool:
         return self.ended == -signal.SIGKILL
 
-    def contradictions(self, says: Contents, who: str = "") -> list[str]:
-        """Return how the rows of a program differ from all that they may be."""
-        committed = self.committed.get(who, {})
-        if says in (committed, self.possible.get(who, committed)):
-            return []
-        return [f"ROWS of {who!r} are {says}, committed was {committed}"]
+    def contradictions(self, says: Contents) -> list[str]:
+        """Return how the rows of programs differ from all that they may be."""
+        found = []
+        for who in self.possible or [""]:
+            own = {cell: text for cell, text in says.items() if cell.startswith(who)}
+            committed = self.committed.get(who, {})
+            if own not in (committed, self.possible.get(who, committed)):
+                found.append(f"ROWS of {who!r} are {own}, committed was {committed}")
+        return found
 
 
 @dataclasses.dataclass
@@ -149,85 +152,34 @@ class Figures:
         )
 
 
-class Ward:
-    """One database and one bucket, both empty again after each program."""
+class Comparison:
+    """One database and one bucket: compared, and empty again afterwards."""
 
-    def __init__(self, url: str, place: Place, proxy: S3Proxy, nursery: Nursery) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
         self.figures = Figures()
-        self._url = url
-        self._proxy = proxy
-        self._nursery = nursery
 
-    async def run(self, program: str, *, wire: int | None = None, **order: Any) -> Testament:
-        """Run a program, killed or not, and compare the stores.
-
-        Args:
-            program: its name.
-            wire: kill it when so many requests have arrived; the last of them takes effect.
-            order: when the nursery or the child itself kills; see `support.nursery`.
-        """
-        testament = Testament()
-        self._proxy.rule = self._rule(testament, wire)
-        whole = {
-            "program": program,
-            "url": self._url,
-            "endpoint_url": self._proxy.endpoint_url,
-            "bucket": self.place.store.bucket,
-            **order,
-        }
-        testament.ended = await self._nursery.obey(whole, testament.hear)
-        await self._wait_for_the_dead()
-        failures = await self.compare(testament)
-        if testament.error or testament.ended not in {0, -signal.SIGKILL}:
-            failures.append(f"it ended with {testament.ended}: {testament.error}")
-        when = {**order, **({} if wire is None else {"wire": wire})}
-        place = f"{program} on {self.place.engine.dialect.name} {when} {testament.killed_at}"
-        self.figures.failures += [f"{place}: {failure}" for failure in failures]
-        self.figures.runs += 1
-        self.figures.kills += testament.was_killed
-        assert testament.was_killed or not failures, failures
-        return testament
-
-    def _rule(self, testament: Testament, wire: int | None) -> Any:
-        async def rule(_request: Request, forward: Forward) -> bytes:
-            testament.requests += testament.has_begun
-            if testament.requests == wire and testament.pid is not None:
-                os.kill(testament.pid, signal.SIGKILL)  # it waits for our answer
-                testament.killed_at = f"{_request.method} on the wire"
-            return await forward()
-
-        return rule
-
-    async def _wait_for_the_dead(self) -> None:
-        await self._proxy.settled()
-        if self.place.engine.dialect.name == "postgresql":
-            async with (
-                self.place.engine.begin() as connection
-            ):  # each backend shares it till its end
-                await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({ALIVE})"))
-
-    async def compare(self, testament: Testament) -> list[str]:
+    async def compare(self, words: LastWords) -> list[str]:
         """Drain, return what is wrong, and leave both stores empty."""
         try:
-            return await self._compare(testament)
+            return await self._compare(words)
         finally:
             await self._wipe()
 
-    async def _compare(self, testament: Testament) -> list[str]:
+    async def _compare(self, words: LastWords) -> list[str]:
         place = self.place
         await self._drain()
         async with place.engine.connect() as connection:
             named, says = await place.cells(connection)
         objects = await self._objects()
-        failures = testament.contradictions(says)
+        failures = words.contradictions(says)
         failures += losses(named, says, objects)
         failures += [
             f"JOURNAL lists {uri}: {state}" for uri, state in (await place.listed()).items()
         ]
         orphans = set(objects) - set(named.values())
-        failures += [f"LEAK of {uri}" for uri in orphans - testament.planted - testament.inside]
-        self.figures.left_unlisted += not orphans.isdisjoint(testament.inside)
+        failures += [f"LEAK of {uri}" for uri in orphans - words.planted - words.inside]
+        self.figures.left_unlisted += not orphans.isdisjoint(words.inside)
         if orphans:
             found = [finding async for finding in place.check().findings()]
             if {each.uri for each in found if each.kind is FindingKind.ORPHAN} != orphans:
@@ -245,6 +197,8 @@ class Ward:
     async def _objects(self) -> dict[str, str]:
         """List the objects, with the MD5 of what they hold."""
         store = self.place.store
+        if isinstance(store, MemoryStore):
+            return {uri: md5(each.body) for uri, each in store.objects.items()}
         page = await store.client.list_objects_v2(Bucket=store.bucket)
         assert not page["IsTruncated"]
         return {
@@ -261,17 +215,78 @@ class Ward:
             await place.store.delete_many(list(objects))
 
 
+class Ward(Comparison):
+    """Where children of the nursery die."""
+
+    def __init__(self, url: str, place: Place, proxy: S3Proxy, nursery: Nursery) -> None:
+        super().__init__(place)
+        self._url = url
+        self._proxy = proxy
+        self._nursery = nursery
+
+    async def run(self, program: str, *, wire: int | None = None, **order: Any) -> LastWords:
+        """Run a program, killed or not, and compare the stores.
+
+        Args:
+            program: its name.
+            wire: kill it when so many requests have arrived; the last of them takes effect.
+            order: when the nursery or the child itself kills; see `support.nursery`.
+        """
+        words = LastWords()
+        self._proxy.rule = self._rule(words, wire)
+        whole = {
+            "program": program,
+            "url": self._url,
+            "endpoint_url": self._proxy.endpoint_url,
+            "bucket": self.place.store.bucket,
+            **order,
+        }
+        words.ended = await self._nursery.obey(whole, words.hear)
+        await self._wait_for_the_dead()
+        failures = await self.compare(words)
+        if words.error or words.ended not in {0, -signal.SIGKILL}:
+            failures.append(f"it ended with {words.ended}: {words.error}")
+        when = {**order, **({} if wire is None else {"wire": wire})}
+        place = f"{program} on {self.place.engine.dialect.name} {when} {words.killed_at}"
+        self.figures.failures += [f"{place}: {failure}" for failure in failures]
+        self.figures.runs += 1
+        self.figures.kills += words.was_killed
+        assert words.was_killed or not failures, failures
+        return words
+
+    def _rule(self, words: LastWords, wire: int | None) -> Any:
+        async def rule(_request: Request, forward: Forward) -> bytes:
+            words.requests += words.has_begun
+            if words.requests == wire and words.pid is not None:
+                os.kill(words.pid, signal.SIGKILL)  # it waits for our answer
+                words.killed_at = f"{_request.method} on the wire"
+            return await forward()
+
+        return rule
+
+    async def _wait_for_the_dead(self) -> None:
+        await self._proxy.settled()
+        if self.place.engine.dialect.name == "postgresql":
+            async with (
+                self.place.engine.begin() as connection
+            ):  # each backend shares it till its end
+                await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({ALIVE})"))
+
+
 def losses(named: Mapping[str, str], says: Contents, objects: Mapping[str, str]) -> list[str]:
     """Return the cells whose object is missing or holds something else, or is another's too."""
     found = [
         f"LOSS: {cell} says {says[cell]!r}, names nothing" for cell in says if cell not in named
     ]
     for cell, uri in named.items():
-        expected = hashlib.md5(says.get(cell, "").encode(), usedforsecurity=False).hexdigest()
-        if objects.get(uri) != expected:
+        if objects.get(uri) != md5(says.get(cell, "").encode()):
             found.append(f"LOSS: {cell} names {uri}: {objects.get(uri, 'missing')}")
     uris = list(named.values())
     return found + [f"SHARED: {uri}" for uri in {uri for uri in uris if uris.count(uri) > 1}]
+
+
+def md5(body: bytes) -> str:
+    return hashlib.md5(body, usedforsecurity=False).hexdigest()
 
 
 @contextlib.asynccontextmanager
@@ -281,13 +296,13 @@ async def open_ward(url: str, s3: S3Server, nursery: Nursery) -> AsyncIterator[W
     engine = open_engine(url, is_waited_for=False)
     async with s3.open_store(bucket=bucket, prefix=PREFIX) as store:
         await store.client.create_bucket(Bucket=bucket)
-        async with s3_proxy(s3.endpoint_url) as proxy, tables(engine, store) as place:
+        async with s3_proxy(s3.endpoint_url) as proxy, open_tables(engine, store) as place:
             yield Ward(url, place, proxy, nursery)
     await engine.dispose()
 
 
 @contextlib.asynccontextmanager
-async def tables(engine: Any, store: Any) -> AsyncIterator[Place]:
+async def open_tables(engine: Any, store: Any) -> AsyncIterator[Place]:
     """Give a place whose tables are new and empty."""
     place = Place(engine, store)
     async with engine.begin() as connection:
