@@ -29,7 +29,7 @@ from support.postgres_server import PostgresServer, postgres_server
 from aioblobcol._worker import Worker
 from aioblobcol.testing import MemoryStore, S3Server
 
-STEP_KILLS = 3
+STEP_KILLS = 2
 RANDOM_KILLS = 25
 LATEST_KILL = 0.25
 """Seconds after which most programs are done."""

@@ -117,6 +117,11 @@ class LastWords:
     def was_killed(self) -> bool:
         return self.ended == -signal.SIGKILL
 
+    @property
+    def permitted(self) -> set[str]:
+        """What may be left though no journal lists it: only if the session had no time to end."""
+        return self.inside if self.was_killed else set()
+
     def contradictions(self, says: Contents) -> list[str]:
         """Return how the rows of programs differ from all that they may be."""
         found = []
@@ -168,18 +173,20 @@ class Comparison:
 
     async def _compare(self, words: LastWords) -> list[str]:
         place = self.place
-        await self._drain()
         async with place.engine.connect() as connection:
             named, says = await place.cells(connection)
-        objects = await self._objects()
+        listed = await place.listed()
         failures = words.contradictions(says)
+        failures += [f"LIVE and listed: {uri}" for uri in named.values() if uri in listed]
+        await self._drain()
+        objects = await self._objects()
         failures += losses(named, says, objects)
         failures += [
             f"JOURNAL lists {uri}: {state}" for uri, state in (await place.listed()).items()
         ]
         orphans = set(objects) - set(named.values())
-        failures += [f"LEAK of {uri}" for uri in orphans - words.planted - words.inside]
-        self.figures.left_unlisted += not orphans.isdisjoint(words.inside)
+        failures += [f"LEAK of {uri}" for uri in orphans - words.planted - words.permitted]
+        self.figures.left_unlisted += not orphans.isdisjoint(words.permitted)
         if orphans:
             found = [finding async for finding in place.check().findings()]
             if {each.uri for each in found if each.kind is FindingKind.ORPHAN} != orphans:
