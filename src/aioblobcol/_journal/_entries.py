@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import (
     ColumnElement,
     DateTime,
+    Row,
     and_,
     delete,
     false,
@@ -126,32 +127,13 @@ class Entries:
             limit: how many at most.
             lease: when another worker may take them over.
         """
-        table = self._table
         await self._begin_condemning(connection)
-        now = self._after(timedelta(0))
-        is_due = or_(
-            and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
-            and_(table.c.state == "staged", table.c.since <= self._after(-self._journal.lease)),
-        )
-        due = (
-            await connection.execute(
-                select(table)
-                .where(is_due)
-                .order_by(table.c.not_before)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-            )
-        ).all()
-        asked = [entry.uri for entry in due if entry.state != "deleting"]
-        live = await self._named_by_rows(connection, asked)
-        if live:
-            logger.warning(
-                "adopted late: rows name objects that the journal lists; did something write rows "
-                "past the triggers? %s",
-                ", ".join(sorted(live)),
-            )
-            await self._remove(connection, live)
-        mine = [entry for entry in due if entry.uri not in live]
+        due = await self._lock_due(connection, limit)
+        while due and not (mine := await self._without_live(connection, due)):
+            due = await self._lock_due(connection, limit)  # all of those were let go
+        if not due:
+            return []
+        table, now = self._table, self._after(timedelta(0))
         for some in _batched([entry.uri for entry in mine]):
             await connection.execute(
                 update(table)
@@ -164,6 +146,37 @@ class Entries:
                 .values(claim=claim, not_before=self._after(lease))
             )
         return [Condemned(e.uri, e.attempts, e.owner is None) for e in mine]
+
+    async def _lock_due(self, connection: AsyncConnection, limit: int) -> Sequence[Row[Any]]:
+        """Lock what is due and return it, but for what another worker has locked."""
+        table, now = self._table, self._after(timedelta(0))
+        is_due = or_(
+            and_(table.c.state.in_(["retired", "deleting"]), table.c.not_before <= now),
+            and_(table.c.state == "staged", table.c.since <= self._after(-self._journal.lease)),
+        )
+        due = (
+            select(table)
+            .where(is_due)
+            .order_by(table.c.not_before)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        return (await connection.execute(due)).all()
+
+    async def _without_live(
+        self, connection: AsyncConnection, due: Sequence[Row[Any]]
+    ) -> list[Row[Any]]:
+        """Let go what rows name, and return the others."""
+        asked = [entry.uri for entry in due if entry.state != "deleting"]
+        live = await self._named_by_rows(connection, asked)
+        if live:
+            logger.warning(
+                "adopted late: rows name objects that the journal lists; did something write rows "
+                "past the triggers? %s",
+                ", ".join(sorted(live)),
+            )
+            await self._remove(connection, live)
+        return [entry for entry in due if entry.uri not in live]
 
     async def condemn_unneeded(
         self,
