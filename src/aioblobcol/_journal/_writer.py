@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioblobcol.journal")
 
+SETTLE_BUSY_MILLISECONDS = 500
+"""How long a settlement waits for SQLite's lock; what it leaves is the worker's."""
 STAGE_SECONDS = 30
 SETTLE_SECONDS = 60
 SETTLED_AT_ONCE = 2
@@ -316,7 +318,11 @@ class JournalWriter:
         if side is None:
             for other in [other for other in self._sides if other.is_closed()]:
                 del self._sides[other]
-            side = self._sides[loop] = _Side(self._own_engine(), self._write)
+            staging = settling = self._own_engine()
+            if self._is_sqlite:
+                settling = self._own_engine()
+                event.listen(settling.sync_engine.pool, "connect", _be_impatient)
+            side = self._sides[loop] = _Side(staging, settling, self._write)
         return side
 
     def _own_engine(self) -> AsyncEngine:
@@ -333,12 +339,13 @@ class JournalWriter:
             here = None
         sides, self._sides = dict(self._sides), weakref.WeakKeyDictionary()
         for loop, side in sides.items():
-            side.engine.sync_engine.dispose(close=loop is here)
+            for engine in {side.staging, side.settling}:
+                engine.sync_engine.dispose(close=loop is here)
 
     @contextlib.asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncConnection]:
         """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        async with self._side.engine.connect() as connection:
+        async with self._side.settling.connect() as connection:
             if not self._is_sqlite:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             async with connection.begin():
@@ -350,7 +357,7 @@ class JournalWriter:
             async with self._begin() as connection:
                 await warn_of_missing_triggers(self.journal, connection)
         if self._is_sqlite:
-            async with self._side.engine.begin() as connection:
+            async with self._side.staging.begin() as connection:
                 await self._entries.stage(connection, uris)
             return
         async with self._side.autocommitting.connect() as connection:
@@ -384,12 +391,25 @@ class JournalWriter:
 class _Side:
     """What belongs to one event loop."""
 
-    def __init__(self, engine: AsyncEngine, write: Any) -> None:
-        self.engine = engine
+    def __init__(self, staging: AsyncEngine, settling: AsyncEngine, write: Any) -> None:
+        self.staging = staging
+        self.settling = settling
         self.has_looked = False
-        self.autocommitting = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.autocommitting = staging.execution_options(isolation_level="AUTOCOMMIT")
         self.group = GroupCommit(write, seconds=STAGE_SECONDS, is_entrys_fault=_is_entrys_fault)
         self.slots = {False: asyncio.Semaphore(SETTLED_AT_ONCE), True: asyncio.Semaphore(1)}
+
+
+def _be_impatient(dbapi_connection: Any, _record: object) -> None:
+    """Do not wait for SQLite's lock for as long as the application does.
+
+    A statement that was cancelled holds it until its connection is collected.
+    """
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA busy_timeout")
+    (milliseconds,) = cursor.fetchone()
+    cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, SETTLE_BUSY_MILLISECONDS)}")
+    cursor.close()
 
 
 async def warn_of_missing_triggers(journal: Journal, connection: AsyncConnection) -> None:
