@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest_asyncio
 from sqlalchemy.engine import make_url
 from support.databases import Database, open_postgres, open_sqlite
 from support.postgres_server import postgres_server
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children would ignore it too
 
 pytest_plugins = ["aioblobcol.testing.fixtures"]
 
