@@ -235,7 +235,7 @@ async def test_a_database_that_does_not_answer(wire: Wire) -> None:
     """The outcome stays unknown, nothing is deleted, and the worker finds out later."""
     world = wire.world
     writer = world.journal.writer(world.engine.sync_engine)
-    writer._begin = _Refusing  # type: ignore[method-assign,assignment]
+    writer._own.begin = _Refusing  # type: ignore[method-assign,assignment]
     unknown = await wire.create("managed", "a", "before_server")
 
     assert unknown.outcome is Outcome.UNKNOWN

@@ -414,7 +414,7 @@ class TestConnections:
             written.append(len(uris))
             await write(uris)
 
-        writer._side.group._write = counted  # type: ignore[assignment]
+        writer._own.here.group._write = counted  # type: ignore[assignment]
         uris = [new_uri(world) for _ in range(20)]
         await asyncio.gather(*(writer.stage([uri]) for uri in uris))
 
@@ -574,11 +574,11 @@ class TestEngines:
         async with factory.begin() as session:
             session.add(world.Doc(key="a", body=Blob(b"1")))
         writer = world.journal.writer(engine.sync_engine)
-        own: Any = writer._side.staging.sync_engine.pool
+        own: Any = writer._own.here.staging.sync_engine.pool
         assert own.checkedin() == 1
         await engine.dispose()
 
-        assert not writer._sides
+        assert not len(writer._own)
         assert own.checkedin() == 0
 
     def test_several_event_loops(self, tmp_path: Path) -> None:
@@ -596,13 +596,13 @@ class TestEngines:
         for _ in range(3):
             asyncio.run(run())
 
-        assert len(journal.writer()._sides) <= 1
+        assert len(journal.writer()._own) <= 1
 
     async def test_a_small_pool_is_no_limit(self, world: World) -> None:
         """A settlement that waits keeps no upload out."""
         engine = world.database.engine_with(pool_size=1, max_overflow=0)
         writer = world.journal.writer(engine.sync_engine)
-        async with writer._begin(), writer._begin():
+        async with writer._own.begin(), writer._own.begin():
             if not world.database.is_sqlite:  # whose one lock the first has
                 await writer.stage([new_uri(world)])
         await engine.dispose()

@@ -1,10 +1,8 @@
 """What sessions do with the journal: stage before an upload, settle after a transaction.
 
-Both run on connections of an engine of the journal's own, made from the same connection factory:
-a request that holds a connection of the application's pool and waits for a second one there would
-be a deadlock under load. On SQLite, whose one write lock the session's transaction may hold or
-want, staging goes through the session's connection as soon as it is in a transaction, and is not
-durable before that one's COMMIT.
+Both run on connections of the journal's own. On SQLite, whose one write lock the session's
+transaction may hold or want, staging goes through the session's connection as soon as it is in a
+transaction, and is not durable before that one's COMMIT.
 
 Invariants: an object is staged before it can exist; it is deleted only once its entry is
 ``deleting``, and that only if the entry was there, or no row names the object. What cannot be
@@ -19,22 +17,19 @@ import json
 import logging
 import time
 import uuid
-import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Text, bindparam, event, text
+from sqlalchemy import ARRAY, Text, bindparam, text
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._connection import held_connections, pool_like, root_engine, use_explicit_begin
+from .._connection import held_connections
 from .._store._base import DeleteReport, is_owned
 from .._transfer import delete_all
 from .._uri import is_one_attempt
 from ..errors import InvalidInputError, JournalError, Outcome, UnsafeTransactionError
 from ._entries import Condemned, Entries, Unneeded
-from ._group_commit import GroupCommit
+from ._own_engines import OwnEngines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -49,14 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioblobcol.journal")
 
-SETTLE_BUSY_MILLISECONDS = 500
-"""How long a settlement waits for SQLite's lock; what it leaves is the worker's."""
-STAGE_SECONDS = 30
 SETTLE_SECONDS = 60
-SETTLED_AT_ONCE = 2
-"""Settlements of one process that ask the database at a time; and one that waits for others."""
-CONNECTIONS = 6
-"""Of the journal's own, at most: stagings, settlements, what they note later, renewals."""
 CLAIMED_FOR = timedelta(minutes=15)
 QUARANTINE = timedelta(hours=1)
 """How long a request may live: then the object of an unanswered upload is deleted once more."""
@@ -99,7 +87,6 @@ class JournalWriter:
     def __init__(self, journal: Journal, engine: Engine) -> None:
         self.journal = journal
         self.is_volatile = _is_in_memory(engine)
-        self._origin = root_engine(engine)
         self._dialect = engine.dialect
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._entries = Entries(journal, engine.dialect.name)
@@ -107,10 +94,7 @@ class JournalWriter:
         self._still_staged = _with_uris(
             STILL_STAGED[engine.dialect.name], journal.table, engine.dialect
         )
-        self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
-            weakref.WeakKeyDictionary()
-        )
-        event.listen(self._origin, "engine_disposed", self._origin_was_disposed)
+        self._own = OwnEngines(engine, self._write)
 
     # --- before
 
@@ -177,7 +161,7 @@ class JournalWriter:
                 "upload inside of blob_transaction(session, journal=journal)"
             )
         try:
-            await self._side.group.submit(tuple(uris))
+            await self._own.here.group.submit(tuple(uris))
         except Exception as exc:  # drivers raise what they like when they cannot connect
             reason = str(exc).partition("\n")[0] or "no answer in time"
             raise JournalError(f"{type(exc).__name__}: {reason}") from exc
@@ -215,7 +199,7 @@ class JournalWriter:
     async def unadopted(self, uris: Sequence[str]) -> list[str]:
         """Return those that no committed row has adopted; none if nobody can tell."""
         try:
-            async with asyncio.timeout(SETTLE_SECONDS), self._begin() as connection:
+            async with asyncio.timeout(SETTLE_SECONDS), self._own.begin() as connection:
                 return await self._entries.staged(connection, uris)
         except Exception as exc:
             logger.warning("the journal could not be asked", exc_info=exc)
@@ -267,7 +251,7 @@ class JournalWriter:
         found = Unneeded()
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
-                async with self._side.slots[is_doubtful]:  # those wait for others
+                async with self._own.here.slots[is_doubtful]:  # those wait for others
                     found = await self._condemn(claim, unneeded, is_doubtful=is_doubtful)
                 condemned = [Condemned(uri, 0, uri in unanswered) for uri in found.condemned]
                 return await self._carry_out(claim, condemned, unneeded), found
@@ -281,7 +265,7 @@ class JournalWriter:
     async def _condemn(
         self, claim: str, unneeded: Mapping[str, Store], *, is_doubtful: bool
     ) -> Unneeded:
-        async with self._begin() as connection:
+        async with self._own.begin() as connection:
             return await self._entries.condemn_unneeded(
                 connection,
                 tuple(unneeded),
@@ -304,69 +288,30 @@ class JournalWriter:
             for each in condemned
             if each.uri in report.failed
         }
-        async with self._begin() as connection:
+        async with self._own.begin() as connection:
             await self._entries.forget(connection, deleted, claim=claim, quarantine=QUARANTINE)
             await self._entries.postpone(connection, failed, claim=claim)
         return report.merged_with(DeleteReport(kept=kept))
 
-    # --- connections
-
-    @property
-    def _side(self) -> _Side:
-        loop = asyncio.get_running_loop()
-        side = self._sides.get(loop)
-        if side is None:
-            for other in [other for other in self._sides if other.is_closed()]:
-                del self._sides[other]
-            staging = settling = self._own_engine()
-            if self._is_sqlite:
-                settling = self._own_engine()
-                event.listen(settling.sync_engine.pool, "connect", _be_impatient)
-            side = self._sides[loop] = _Side(staging, settling, self._write)
-        return side
-
-    def _own_engine(self) -> AsyncEngine:
-        origin = self._origin
-        pool = pool_like(origin.pool, at_least=CONNECTIONS)
-        engine = AsyncEngine(Engine(pool, origin.dialect, origin.url))
-        use_explicit_begin(engine)
-        return engine
-
-    def _origin_was_disposed(self, _engine: Engine) -> None:
-        try:
-            here = asyncio.get_running_loop()
-        except RuntimeError:
-            here = None
-        sides, self._sides = dict(self._sides), weakref.WeakKeyDictionary()
-        for loop, side in sides.items():
-            for engine in {side.staging, side.settling}:
-                engine.sync_engine.dispose(close=loop is here)
-
-    @contextlib.asynccontextmanager
-    async def _begin(self) -> AsyncIterator[AsyncConnection]:
-        """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        async with self._side.settling.connect() as connection:
-            if not self._is_sqlite:
-                await connection.execution_options(isolation_level="READ COMMITTED")
-            async with connection.begin():
-                yield connection
+    # --- statements
 
     async def _write(self, uris: Sequence[str]) -> None:
-        if not self._side.has_looked:
-            self._side.has_looked = True
-            async with self._begin() as connection:
+        side = self._own.here
+        if not side.has_looked:
+            side.has_looked = True
+            async with self._own.begin() as connection:
                 await warn_of_missing_triggers(self.journal, connection)
         if self._is_sqlite:
-            async with self._side.staging.begin() as connection:
+            async with side.staging.begin() as connection:
                 await self._entries.stage(connection, uris)
             return
-        async with self._side.autocommitting.connect() as connection:
+        async with side.autocommitting.connect() as connection:
             await connection.execute(self._stage, {"uris": list(uris)})
 
     async def _renew(self, uris: Collection[str], every: float) -> None:
         while True:
             try:
-                async with self._begin() as connection:
+                async with self._own.begin() as connection:
                     left = await self._entries.renew(connection, uris)
                 if left:
                     logger.warning("condemned in the middle of their upload: %s", ", ".join(left))
@@ -386,30 +331,6 @@ class JournalWriter:
     def _store_of(self, uri: str) -> Store | None:
         stores = self.journal.stores.values()
         return next((store for store in stores if is_owned(store, uri)), None)
-
-
-class _Side:
-    """What belongs to one event loop."""
-
-    def __init__(self, staging: AsyncEngine, settling: AsyncEngine, write: Any) -> None:
-        self.staging = staging
-        self.settling = settling
-        self.has_looked = False
-        self.autocommitting = staging.execution_options(isolation_level="AUTOCOMMIT")
-        self.group = GroupCommit(write, seconds=STAGE_SECONDS, is_entrys_fault=_is_entrys_fault)
-        self.slots = {False: asyncio.Semaphore(SETTLED_AT_ONCE), True: asyncio.Semaphore(1)}
-
-
-def _be_impatient(dbapi_connection: Any, _record: object) -> None:
-    """Do not wait for SQLite's lock for as long as the application does.
-
-    A statement that was cancelled holds it until its connection is collected.
-    """
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA busy_timeout")
-    (milliseconds,) = cursor.fetchone()
-    cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, SETTLE_BUSY_MILLISECONDS)}")
-    cursor.close()
 
 
 async def warn_of_missing_triggers(journal: Journal, connection: AsyncConnection) -> None:
@@ -456,12 +377,6 @@ async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
     for report in reports:
         whole = whole.merged_with(report)
     return whole
-
-
-def _is_entrys_fault(error: Exception) -> bool:
-    """Tell whether other entries could be written although this failed."""
-    is_ours = isinstance(error, StatementError) and not isinstance(error, DBAPIError)
-    return is_ours or isinstance(error, (DataError, IntegrityError))
 
 
 def _is_in_memory(engine: Engine) -> bool:
