@@ -159,7 +159,9 @@ class TestOnce:
         assert all(line["failed"] == {} and line["lag_seconds"] >= 0 for line in lines)
         assert await shop.objects() == ""
         code, lines, log = await shop.run("--once")
-        assert (code, lines, log) == (0, [], "")
+        assert (code, lines) == (0, [])
+        # it knows fewer columns than the triggers that stand, and nothing else is amiss
+        assert [line for line in log.splitlines() if "triggers do not stand" not in line] == []
 
     async def test_what_cannot_be_deleted(self, shop: Shop) -> None:
         """Exit code 1, and the reason where programs and people look."""
