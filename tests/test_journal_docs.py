@@ -44,6 +44,8 @@ from aioblobcol import (
     Worker,
     blob_sessionmaker,
     blob_transaction,
+    delete_s3,
+    enlist,
     upload_blobs,
 )
 from aioblobcol._check import FindingKind
@@ -541,6 +543,51 @@ class TestWhatChanges:
             async with world.store:
                 assert await world.check() == {}
             await world.store.__aenter__()
+
+
+# --- what else is said -------------------------------------------------------------------------
+
+
+class TestExplicit:
+    async def test_a_block_on_sessions_with_the_journal(self, world: World) -> None:
+        """It needs to be told of no journal: the object is staged."""
+        async with world.sessions() as session:
+            async with blob_transaction(session, store=world.store) as tx:
+                call = PutS3ApiCall("html", b"1", None)
+                put = await tx.put_s3(pk="u", api_calls=[call])
+                session.add(world.Task(url="u", **put.to_values()))
+
+        assert list((await world.check()).values()) == [b"1"]
+
+    async def test_deletes_of_a_session_without_the_journal(self, world: World) -> None:
+        """They are carried out at once; told of the journal, the object is the worker's."""
+        for sessions, are_left in ((world.database.session, False), (world.sessions, True)):
+            async with world.sessions() as session:
+                async with blob_transaction(session, store=world.store) as tx:
+                    put = await tx.put_s3(pk="u", api_calls=[PutS3ApiCall("html", b"1", None)])
+                    session.add(task := world.Task(url="u", **put.to_values()))
+                uri = task.html
+            async with sessions.begin() as session:
+                await enlist(session, delete_s3([uri], store=world.store))
+                await session.delete(await session.get_one(world.Task, "u"))
+
+            assert (uri in world.store.objects) == are_left
+        assert await world.check() == {}
+
+    async def test_a_savepoint_that_took_the_staging(self, sqlite: Database) -> None:
+        """On SQLite what was uploaded in it cannot be written outside of it."""
+        async with open_world(sqlite) as world:
+            async with world.sessions() as session:
+                with pytest.raises(sa.exc.IntegrityError, match="never staged"):
+                    async with blob_transaction(session, store=world.store) as tx:
+                        await session.execute(sa.select(world.Task.url))
+                        async with session.begin_nested() as savepoint:
+                            call = PutS3ApiCall("html", b"1", None)
+                            put = await tx.put_s3(pk="u", api_calls=[call])
+                            await savepoint.rollback()
+                        session.add(world.Task(url="u", **put.to_values()))
+
+            assert await world.check() == {}
 
 
 KILLED = """
