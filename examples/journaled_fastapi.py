@@ -25,6 +25,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
 
 from aioblobcol import (
     Blob,
@@ -37,6 +38,7 @@ from aioblobcol import (
     blob_sessionmaker,
     journal_status,
     open_store,
+    upload_blobs,
 )
 
 endpoint_url = os.environ.get("S3_ENDPOINT_URL")
@@ -87,27 +89,49 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
+@app.post("/pages", status_code=204)
+async def create_page(
+    name: Annotated[str, Form()],
+    title: Annotated[str, Form()],
+    html: UploadFile,
+    image: UploadFile | None = None,
+) -> None:
+    """Create a page: staged, uploaded, and adopted by its row."""
+    page = Page(name=name, title=title, html=Blob(html), image=Blob(image) if image else None)
+    async with Session.begin() as session:
+        session.add(page)
+
+
 @app.put("/pages/{name}", status_code=204)
-async def put_page(
+async def update_page(
     name: str,
     title: Annotated[str, Form()],
     html: UploadFile,
     image: UploadFile | None = None,
 ) -> None:
-    """Create or replace a page. What it had before goes when its retention is over."""
-    page = Page(name=name, title=title, html=Blob(html), image=Blob(image) if image else None)
-    async with Session.begin() as session:
-        await session.merge(page)
+    """Replace a page. What it had before goes when its retention is over."""
+    page = await read_page(name)
+    async with Session() as session:
+        session.add(page)
+        page.title, page.html, page.image = title, Blob(html), Blob(image) if image else None
+        await upload_blobs(session, page)  # no connection is held, and nothing was read yet
+        await session.commit()
 
 
 @app.get("/pages/{name}")
 async def show_page(name: str) -> Response:
-    """Send the page; the session is closed before any bytes travel."""
+    """Send the page."""
+    page = await read_page(name)
+    return Response(await page.html.read(), media_type="text/html")
+
+
+async def read_page(name: str) -> Page:
+    """Read a row in a transaction of its own, over before any bytes travel."""
     async with Session() as session:
         page = await session.get(Page, name)
     if page is None:
         raise HTTPException(404)
-    return Response(await page.html.read(), media_type="text/html")
+    return page
 
 
 @app.delete("/pages", status_code=204)
@@ -128,9 +152,10 @@ async def health() -> dict[str, Any]:
 
 
 @app.exception_handler(IntegrityError)
-async def taken(_request: Request, _error: IntegrityError) -> Response:
-    """Two requests have created one page at the same time; this one's objects are gone already."""
-    return JSONResponse({"detail": "created meanwhile, try again"}, status_code=409)
+@app.exception_handler(StaleDataError)
+async def conflict(_request: Request, _error: Exception) -> Response:
+    """Another request was faster; what this one has uploaded is deleted already."""
+    return JSONResponse({"detail": "created or deleted meanwhile"}, status_code=409)
 
 
 @app.exception_handler(CommitOutcomeUnknown)
