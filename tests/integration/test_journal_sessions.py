@@ -574,7 +574,7 @@ class TestEngines:
         async with factory.begin() as session:
             session.add(world.Doc(key="a", body=Blob(b"1")))
         writer = world.journal.writer(engine.sync_engine)
-        own: Any = writer._side.engine.sync_engine.pool
+        own: Any = writer._side.staging.sync_engine.pool
         assert own.checkedin() == 1
         await engine.dispose()
 

@@ -189,6 +189,22 @@ class TestRounds:
         assert journaled.uri("d") in caplog.text
         assert journaled.uri("e") in caplog.text
 
+    async def test_a_batch_of_nothing_but_live_ones_is_not_the_end(
+        self, journaled: Journaled
+    ) -> None:
+        """What is due after it is deleted all the same."""
+        await journaled.stage("d", "e")
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await journaled.run("INSERT INTO <docs> (name, body, scan) VALUES ('r', <d>, {e})")
+        await pass_time(journaled, hours=1)
+        await journaled.stage("f")
+        await pass_time(journaled, hours=1)
+        await worker(journaled, batch_size=2).drain()
+
+        assert objects(journaled) == "abcde"
+        assert await journaled.states() == {"f": "deleting"}
+
     async def test_a_retired_one_that_a_row_names_again(self, journaled: Journaled) -> None:
         """A row that was restored past the triggers keeps its object."""
         await journaled.run("DELETE FROM <docs> WHERE name = 'p'")

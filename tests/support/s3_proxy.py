@@ -111,6 +111,16 @@ class S3Proxy:
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
 
+    async def settled(self) -> None:
+        """Return once nothing is under way of all that was sent until now, though by the dead."""
+        port = urlsplit(self.endpoint_url).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await reader.read()  # it is served after those that have connected before
+        writer.close()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def stop(self) -> None:
         assert self._server is not None
         self._server.close()

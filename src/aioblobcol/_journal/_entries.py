@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
+    Row,
     bindparam,
     delete,
     false,
@@ -53,6 +54,10 @@ REFUSED_FOR_GOOD = frozenset(
     {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket", "ObjectLocked"}
 )
 """Source: Amazon S3 API Reference, "Error responses"."""
+DURABLE = """
+SELECT set_config('synchronous_commit', 'on', true)
+WHERE current_setting('synchronous_commit') = 'off'"""
+"""For the transaction; where the server's default waits for more than its own disk, it stays."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,32 +142,14 @@ class Entries:
             stores: in which they lie; all of the journal's by default. What lies elsewhere is
                 another worker's.
         """
+        await self._begin_condemning(connection, reads_rows=True)
+        chosen = self._journal.stores.values() if stores is None else stores
+        due = await self._lock_due(connection, limit, chosen)
+        while due and not (mine := await self._without_live(connection, due)):
+            due = await self._lock_due(connection, limit, chosen)  # all of those were let go
+        if not due:
+            return []
         table = self._table
-        await self._lock(connection)
-        is_ours = is_under(table.c.uri, self._journal.stores.values() if stores is None else stores)
-        is_due = or_(
-            is_condemnable(table, self._dialect_name),
-            is_unadopted(table, self._dialect_name, self._journal.lease),
-        )
-        due = (
-            await connection.execute(
-                select(table)
-                .where(is_due, is_ours)
-                .order_by(table.c.not_before)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-            )
-        ).all()
-        asked = [entry.uri for entry in due if entry.state != "deleting"]
-        live = await self._named_by_rows(connection, asked)
-        if live:
-            logger.warning(
-                "adopted late: rows name objects that the journal lists; did something write rows "
-                "past the triggers? %s",
-                ", ".join(sorted(live)),
-            )
-            await self._remove(connection, live)
-        mine = [entry for entry in due if entry.uri not in live]
         for some in _batched([entry.uri for entry in mine]):
             await connection.execute(
                 update(table)
@@ -175,6 +162,39 @@ class Entries:
                 .values(claim=claim, not_before=self._after(lease))
             )
         return [Condemned(e.uri, e.attempts, e.owner is None) for e in mine]
+
+    async def _lock_due(
+        self, connection: AsyncConnection, limit: int, stores: Iterable[Store]
+    ) -> Sequence[Row[Any]]:
+        """Lock what is due and return it, but for what another worker has locked."""
+        table = self._table
+        is_due = or_(
+            is_condemnable(table, self._dialect_name),
+            is_unadopted(table, self._dialect_name, self._journal.lease),
+        )
+        due = (
+            select(table)
+            .where(is_due, is_under(table.c.uri, stores))
+            .order_by(table.c.not_before)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        return (await connection.execute(due)).all()
+
+    async def _without_live(
+        self, connection: AsyncConnection, due: Sequence[Row[Any]]
+    ) -> list[Row[Any]]:
+        """Let go what rows name, and return the others."""
+        asked = [entry.uri for entry in due if entry.state != "deleting"]
+        live = await self._named_by_rows(connection, asked)
+        if live:
+            logger.warning(
+                "adopted late: rows name objects that the journal lists; did something write rows "
+                "past the triggers? %s",
+                ", ".join(sorted(live)),
+            )
+            await self._remove(connection, live)
+        return [entry for entry in due if entry.uri not in live]
 
     async def condemn_unneeded(
         self,
@@ -200,7 +220,7 @@ class Entries:
             is_doubtful: nobody knows how the transaction ended: wait until it has, and ask the
                 rows of all of them.
         """
-        await self._lock(connection, reads_rows=is_doubtful)
+        await self._begin_condemning(connection, reads_rows=is_doubtful)
         whole = Unneeded()
         for some in _batched(uris):
             entered = await self._enter(connection, some) if self._is_sqlite else []
@@ -316,20 +336,20 @@ class Entries:
             )
         return found
 
-    async def _lock(self, connection: AsyncConnection, *, reads_rows: bool = True) -> None:
-        """Take what the work needs in the order in which everybody takes it.
+    async def _begin_condemning(self, connection: AsyncConnection, *, reads_rows: bool) -> None:
+        """Take SQLite's one lock for writing; have PostgreSQL's COMMIT be durable.
 
-        SQLite's one lock for writing; on PostgreSQL the tables before the entries, as somebody
-        does who truncates a table, or writes rows and then takes their entries.
+        If a crash of the server could undo it, a row might adopt an object that is deleted. The
+        tables are locked before the entries, as somebody does who truncates a table, or writes
+        rows and then takes their entries.
         """
         if self._is_sqlite:
             await connection.execute(delete(self._table).where(false()))
             return
-        if not reads_rows:
-            return
+        await connection.execute(text(DURABLE))
         preparer = connection.dialect.identifier_preparer
         tables = [preparer.format_table(each.table) for each in self._journal.journaled_tables]
-        if tables:
+        if tables and reads_rows:
             await connection.execute(text(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE"))
 
     def _insert_new(self) -> Any:

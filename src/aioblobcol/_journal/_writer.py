@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -22,7 +23,7 @@ import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Text, bindparam, event, select, text
+from sqlalchemy import ARRAY, Text, bindparam, event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -32,7 +33,7 @@ from .._store._base import DeleteReport, is_owned
 from .._transfer import delete_all
 from .._uri import is_one_attempt
 from ..errors import InvalidInputError, JournalError, Outcome, UnsafeTransactionError
-from ._entries import URIS_PER_STATEMENT, Condemned, Entries, Unneeded
+from ._entries import Condemned, Entries, Unneeded
 from ._group_commit import GroupCommit
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioblobcol.journal")
 
+SETTLE_BUSY_MILLISECONDS = 500
+"""How long a settlement waits for SQLite's lock; what it leaves is the worker's."""
 STAGE_SECONDS = 30
 SETTLE_SECONDS = 60
 SETTLED_AT_ONCE = 2
@@ -74,6 +77,14 @@ WHERE set_config('synchronous_commit', CASE current_setting('synchronous_commit'
     WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true) IS NOT NULL
 ON CONFLICT DO NOTHING"""
 """A transaction of its own, in one round trip; durable although the server's default is not."""
+STILL_STAGED = {
+    "postgresql": "SELECT uri FROM {entries} WHERE uri = ANY(:uris) AND state = 'staged'",
+    "sqlite": (
+        "SELECT uri FROM {entries} "
+        "WHERE uri IN (SELECT value FROM json_each(:uris)) AND state = 'staged'"
+    ),
+}
+"""With one parameter, whatever their number; no list has to be written anew each time."""
 
 
 class JournalWriter:
@@ -92,7 +103,10 @@ class JournalWriter:
         self._dialect = engine.dialect
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._entries = Entries(journal, engine.dialect.name)
-        self._stage = _stage_statement(journal.table, engine.dialect)
+        self._stage = _with_uris(STAGE, journal.table, engine.dialect)
+        self._still_staged = _with_uris(
+            STILL_STAGED[engine.dialect.name], journal.table, engine.dialect
+        )
         self._sides: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Side] = (
             weakref.WeakKeyDictionary()
         )
@@ -186,15 +200,11 @@ class JournalWriter:
 
     def still_staged(self, session: Session, uris: Sequence[str]) -> list[str]:
         """Return those that the session's transaction has not adopted, in a greenlet."""
-        table, left = self.journal.table, list[str]()
         held = self._held_here(session) or held_connections(session.get_transaction())
         if not held:
             return []
-        for start in range(0, len(uris), URIS_PER_STATEMENT):
-            some = uris[start : start + URIS_PER_STATEMENT]
-            is_staged = select(table.c.uri).where(table.c.uri.in_(some), table.c.state == "staged")
-            left += held[0].execute(is_staged).scalars()
-        return sorted(left)
+        given = json.dumps(uris) if self._is_sqlite else list(uris)
+        return sorted(held[0].execute(self._still_staged, {"uris": given}).scalars())
 
     def looks_after(self, uri: str) -> bool:
         """Tell whether the triggers retire an object that its row lets go."""
@@ -308,7 +318,11 @@ class JournalWriter:
         if side is None:
             for other in [other for other in self._sides if other.is_closed()]:
                 del self._sides[other]
-            side = self._sides[loop] = _Side(self._own_engine(), self._write)
+            staging = settling = self._own_engine()
+            if self._is_sqlite:
+                settling = self._own_engine()
+                event.listen(settling.sync_engine.pool, "connect", _be_impatient)
+            side = self._sides[loop] = _Side(staging, settling, self._write)
         return side
 
     def _own_engine(self) -> AsyncEngine:
@@ -325,12 +339,13 @@ class JournalWriter:
             here = None
         sides, self._sides = dict(self._sides), weakref.WeakKeyDictionary()
         for loop, side in sides.items():
-            side.engine.sync_engine.dispose(close=loop is here)
+            for engine in {side.staging, side.settling}:
+                engine.sync_engine.dispose(close=loop is here)
 
     @contextlib.asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncConnection]:
         """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        async with self._side.engine.connect() as connection:
+        async with self._side.settling.connect() as connection:
             if not self._is_sqlite:
                 await connection.execution_options(isolation_level="READ COMMITTED")
             async with connection.begin():
@@ -342,7 +357,7 @@ class JournalWriter:
             async with self._begin() as connection:
                 await warn_of_missing_triggers(self.journal, connection)
         if self._is_sqlite:
-            async with self._side.engine.begin() as connection:
+            async with self._side.staging.begin() as connection:
                 await self._entries.stage(connection, uris)
             return
         async with self._side.autocommitting.connect() as connection:
@@ -376,12 +391,25 @@ class JournalWriter:
 class _Side:
     """What belongs to one event loop."""
 
-    def __init__(self, engine: AsyncEngine, write: Any) -> None:
-        self.engine = engine
+    def __init__(self, staging: AsyncEngine, settling: AsyncEngine, write: Any) -> None:
+        self.staging = staging
+        self.settling = settling
         self.has_looked = False
-        self.autocommitting = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.autocommitting = staging.execution_options(isolation_level="AUTOCOMMIT")
         self.group = GroupCommit(write, seconds=STAGE_SECONDS, is_entrys_fault=_is_entrys_fault)
         self.slots = {False: asyncio.Semaphore(SETTLED_AT_ONCE), True: asyncio.Semaphore(1)}
+
+
+def _be_impatient(dbapi_connection: Any, _record: object) -> None:
+    """Do not wait for SQLite's lock for as long as the application does.
+
+    A statement that was cancelled holds it until its connection is collected.
+    """
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA busy_timeout")
+    (milliseconds,) = cursor.fetchone()
+    cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, SETTLE_BUSY_MILLISECONDS)}")
+    cursor.close()
 
 
 async def warn_of_missing_triggers(journal: Journal, connection: AsyncConnection) -> None:
@@ -408,10 +436,11 @@ def check_schemas(bind: Engine | Connection) -> None:
         )
 
 
-def _stage_statement(table: Table, dialect: Dialect) -> TextClause:
-    entries = dialect.identifier_preparer.format_table(table)
-    statement = text(STAGE.format(entries=entries))
-    return statement.bindparams(bindparam("uris", type_=ARRAY(Text)))
+def _with_uris(sql: str, table: Table, dialect: Dialect) -> TextClause:
+    """Return a statement about entries with one parameter, an array or a text in JSON."""
+    statement = text(sql.format(entries=dialect.identifier_preparer.format_table(table)))
+    type_: Any = Text if dialect.name == "sqlite" else ARRAY(Text)
+    return statement.bindparams(bindparam("uris", type_=type_))
 
 
 async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
