@@ -426,9 +426,16 @@ class TestMigrations:
 HERE, WORKER = "test_journal_docs.py", "integration/test_journal_worker.py"
 SESSIONS, OUTCOMES = "integration/test_journal_sessions.py", "integration/test_journal_outcomes.py"
 TRIGGERS = "integration/test_journal_triggers.py"
+KILLED_ANYWHERE = "consistency/test_killed.py"
 SHOWN_BY = {
-    "The process is killed before COMMIT": [(HERE, "test_a_killed_process")],
-    "The process is killed after COMMIT": [(HERE, "test_a_killed_process")],
+    "The process is killed before COMMIT": [
+        (HERE, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
+    "The process is killed after COMMIT": [
+        (HERE, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
     "The answer to COMMIT is lost": [
         (OUTCOMES, "test_it_was_never_carried_out"),
         (OUTCOMES, "test_it_was_carried_out"),

@@ -788,6 +788,7 @@ SHOWN_BY = {
 JOURNAL_DOCS, WORKER = "test_journal_docs.py", "integration/test_journal_worker.py"
 JOURNALED = "integration/test_journal_sessions.py"
 JOURNALED_OUTCOMES = "integration/test_journal_outcomes.py"
+KILLED_ANYWHERE = "consistency/test_killed.py"
 JOURNALED_BY = {
     "An upload fails and undoing it fails too": [
         (JOURNAL_DOCS, "test_an_upload_that_could_not_be_undone")
@@ -812,8 +813,14 @@ JOURNALED_BY = {
         (WORKER, "test_what_no_row_took_over"),
     ],
     "The store is closed while a block is open": [(JOURNAL_DOCS, "test_a_store_that_closes")],
-    "The process is killed before COMMIT": [(JOURNAL_DOCS, "test_a_killed_process")],
-    "The process is killed after COMMIT": [(JOURNAL_DOCS, "test_a_killed_process")],
+    "The process is killed before COMMIT": [
+        (JOURNAL_DOCS, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
+    "The process is killed after COMMIT": [
+        (JOURNAL_DOCS, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
 }
 """What a journal changes, of the rows that say so."""
 NOTHING = "\N{EN DASH}"
