@@ -10,6 +10,7 @@ import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from support.postgres_proxy import CutMode, postgres_proxy
 from support.s3_proxy import Forward, Request, S3Proxy, answer, s3_proxy
 
-from aioblobcol import Blob, S3Store
+from aioblobcol import Blob, S3Store, Worker
+from aioblobcol._uri import marker_uri
 from aioblobcol.aws_s3 import drain
 from aioblobcol.testing import S3Server, assert_consistent
 
@@ -54,11 +56,14 @@ class Place:
     s3: S3Server
     store: S3Store
 
-    async def contents(self, entity: Any) -> dict[str, dict[str, bytes | None]]:
+    async def contents(
+        self, entity: Any, *, besides: tuple[str, ...] = ()
+    ) -> dict[str, dict[str, bytes | None]]:
         """Ask whether both stores agree; return the bytes of every row by its key."""
         engine = create_async_engine(self.database_url)
         key = sa.inspect(entity).primary_key[0]
-        found = await assert_consistent(self.store, engine, [entity.html, entity.image])
+        columns = [entity.html, entity.image]
+        found = await assert_consistent(self.store, engine, columns, orphans=besides)
         async with engine.connect() as connection:
             rows = await connection.execute(sa.select(key, entity.html, entity.image))
         await engine.dispose()
@@ -100,7 +105,7 @@ async def open_place(
 async def drop_tables(url: str) -> None:
     engine = create_async_engine(url)
     async with engine.begin() as connection:
-        for table in ("pages", "tasks"):
+        for table in ("pages", "tasks", "aioblobcol_journal", "aioblobcol_journal_owner"):
             await connection.execute(sa.text(f"DROP TABLE IF EXISTS {table}"))
     await engine.dispose()
 
@@ -473,6 +478,77 @@ class TestManaged:
             read = await client.get("/pages/home/html")
 
         assert read.status_code == 503
+
+
+class TestJournaled:
+    """The application with a journal."""
+
+    async def test_nothing_is_left(
+        self, place: Place, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its own worker removes what was replaced, and what SQL has deleted."""
+        monkeypatch.setenv("RETENTION_SECONDS", "0")
+        app: Any = load("journaled_fastapi")
+        app.worker = Worker(app.journal, app.engine, poll_every=timedelta(milliseconds=100))
+        left, is_done = 6, asyncio.Event()  # two of the page that was refused
+
+        async def count_deletes(request: Request, forward: Forward) -> bytes:
+            nonlocal left
+            answered = await forward()
+            if request.is_bulk_delete:
+                left -= request.body.count(b"<Key>")
+                if left <= 0:
+                    is_done.set()
+            return answered
+
+        proxy.rule = count_deletes
+        async with running(app) as client:
+            for name in ("old-1", "home"):
+                assert (await create(client, name)).status_code == 204
+            assert (await create(client)).status_code == 409
+            assert (await client.put("/pages/home", **form(SECOND))).status_code == 204
+            read = await client.get("/pages/home")
+            deleted = await client.delete("/pages", params={"prefix": "old"})
+            async with asyncio.timeout(30):
+                await is_done.wait()
+            health = await client.get("/health")
+
+        assert (read.content, deleted.status_code) == (SECOND["html"], 204)
+        assert health.json()["parked"] == 0
+        marker = marker_uri(place.store.bucket, "pages")
+        assert await place.contents(app.Page, besides=(marker,)) == {"home": SECOND}
+
+    @pytest.mark.parametrize(
+        ("mode", "status", "kept"), [("before_server", 503, FIRST), ("after_server", 204, SECOND)]
+    )
+    async def test_a_lost_answer_to_commit(
+        self,
+        postgres_place: Place,
+        monkeypatch: pytest.MonkeyPatch,
+        mode: CutMode,
+        status: int,
+        kept: dict[str, bytes],
+    ) -> None:
+        """The client is told what became of it."""
+        async with postgres_proxy(postgres_place.database_url) as proxy:
+            monkeypatch.setenv("DATABASE_URL", proxy.url)
+            app: Any = load("journaled_fastapi")
+            app.worker = Idle()
+            async with running(app) as client:
+                await create(client)
+                proxy.is_once, proxy.mode = True, mode
+                lost = await client.put("/pages/home", **form(SECOND))
+                read = await client.get("/pages/home")
+
+        assert lost.status_code == status
+        assert read.content == kept["html"]
+
+
+class Idle:
+    """A worker that does nothing."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        await stop.wait()
 
 
 class TestHandWritten:

@@ -64,6 +64,7 @@ from aioblobcol import (
     ResultSpentError,
     S3Store,
     UnsafeTransactionError,
+    Worker,
     blob_transaction,
     open_store,
     put_s3,
@@ -784,6 +785,45 @@ SHOWN_BY = {
     ],
 }
 
+JOURNAL_DOCS, WORKER = "test_journal_docs.py", "integration/test_journal_worker.py"
+JOURNALED = "integration/test_journal_sessions.py"
+JOURNALED_OUTCOMES = "integration/test_journal_outcomes.py"
+KILLED_ANYWHERE = "consistency/test_killed.py"
+JOURNALED_BY = {
+    "An upload fails and undoing it fails too": [
+        (JOURNAL_DOCS, "test_an_upload_that_could_not_be_undone")
+    ],
+    "Managed: the session is dropped without being closed": [
+        (JOURNAL_DOCS, "test_a_dropped_session")
+    ],
+    "The answer to COMMIT is lost": [
+        (JOURNALED_OUTCOMES, "test_it_was_never_carried_out"),
+        (JOURNALED_OUTCOMES, "test_it_was_carried_out"),
+        (JOURNALED_OUTCOMES, "test_a_database_that_does_not_answer"),
+    ],
+    "The delete of a replaced object fails": [(WORKER, "test_is_tried_again")],
+    "Explicit: two requests change one row, not guarded": [
+        (JOURNAL_DOCS, "test_updates_without_a_guard")
+    ],
+    "S3 stores an object and its answer is lost": [
+        (JOURNAL_DOCS, "test_an_upload_that_lands_late")
+    ],
+    "S3 stores an object after it was given up": [
+        (JOURNAL_DOCS, "test_an_upload_that_lands_late"),
+        (WORKER, "test_what_no_row_took_over"),
+    ],
+    "The store is closed while a block is open": [(JOURNAL_DOCS, "test_a_store_that_closes")],
+    "The process is killed before COMMIT": [
+        (JOURNAL_DOCS, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
+    "The process is killed after COMMIT": [
+        (JOURNAL_DOCS, "test_a_killed_process"),
+        (KILLED_ANYWHERE, "test_somewhere"),
+    ],
+}
+"""What a journal changes, of the rows that say so."""
+NOTHING = "\N{EN DASH}"
 
 REFUSED_BY = {
     "Bytes or an SQL expression, when it is assigned": [
@@ -819,6 +859,26 @@ REFUSED_BY = {
     "A managed column with `onupdate`, `server_onupdate` or `server_default`, when it is mapped": [
         ("unit/test_column.py", "test_values_that_nobody_assigned")
     ],
+    "With a journal: an upload in a REPEATABLE READ or SERIALIZABLE transaction that has read "
+    "before (PostgreSQL)": [
+        (JOURNALED, "test_a_snapshot_that_is_too_old_is_refused"),
+        (JOURNALED, "test_uploads_ahead_of_the_transaction_are_the_way_out"),
+        (JOURNALED, "test_the_explicit_strength_is_refused_too"),
+    ],
+    "With a journal: a `schema_translate_map`, a table of another `MetaData`, a store that the "
+    "journal does not know": [
+        (JOURNALED, "test_a_table_of_another_metadata_is_refused"),
+        (JOURNALED, "test_a_store_that_the_journal_does_not_know_is_refused"),
+        (JOURNALED, "test_a_translated_schema_is_refused"),
+    ],
+    "With a journal: a result of `put_s3` that was uploaded without it, or with another one": [
+        (JOURNALED, "test_a_result_that_was_not_staged_is_refused"),
+        (JOURNALED, "test_results_of_two_journals_are_refused"),
+    ],
+    "With a journal: a row that no trigger of it has seen": [
+        (JOURNALED, "test_no_triggers"),
+        (JOURNALED, "test_a_row_that_no_trigger_has_seen_is_not_committed"),
+    ],
 }
 
 
@@ -830,6 +890,11 @@ class TestGuarantees:
     def test_every_row_of_the_table_has_its_tests(self) -> None:
         """Each row is shown by tests that are there, and no row is without one."""
         check_claims(README, "What fails", SHOWN_BY)
+
+    def test_every_row_that_a_journal_changes_has_its_tests(self) -> None:
+        """Each row whose last cell says something is shown by tests with a journal."""
+        said = [row[0] for row in README.table("What fails") if row[-1] != NOTHING]
+        check_claims(README, "What fails", JOURNALED_BY, rows=said)
 
 
 KILLED = """
@@ -916,6 +981,37 @@ class TestNotGuaranteed:
             assert (prompt, name, what) == ("$", "aioblobcol", "check")
             assert {each for each in options if each.startswith("--")} <= known
         assert "--min-age-hours" in known
+
+    @README.runs("journal-worker")
+    def test_the_worker_command(self, block: Block) -> None:
+        """It takes the options that are shown."""
+        ((program, name, *arguments),) = block.commands
+        command = typer.main.get_group(command_line).commands[name]
+
+        assert program == "aioblobcol"
+        assert command.make_context(name, arguments).params["app_name"] == "myapp.models:blobs"
+
+    def test_the_commands(self) -> None:
+        """The table has every command."""
+        commands = typer.main.get_group(command_line).commands
+
+        assert sorted(row[0] for row in README.table("Command")) == sorted(commands)
+
+    @README.runs("journal")
+    async def test_the_journal(self, block: Block, managed_place: Place) -> None:
+        """Text SQL leaves nothing behind, once the worker has worked."""
+        place = managed_place
+        await place.run(block)
+        await place.add_managed("u", "v", html=b"1")
+        async with place.names["engine"].begin() as connection:
+            await connection.execute(sa.text("DELETE FROM tasks WHERE url = 'u'"))
+            await connection.execute(
+                sa.update(place.names["journal"].table).values(not_before=datetime(2000, 1, 1))  # noqa: DTZ001 - SQLite
+            )
+        await Worker(place.names["journal"], place.names["engine"]).drain()
+
+        assert place.names["blobs"].journal is place.names["journal"]
+        assert await place.contents() == {"v": (b"1", None)}
 
     async def test_raw_driver_connection(self, place: Place) -> None:
         """What the raw driver connection writes is not seen, and can be opted out of."""

@@ -72,8 +72,7 @@ class Worker:
             stop = asyncio.Event()
             async with store, asyncio.TaskGroup() as group:
                 group.create_task(Worker(journal, engine).run(stop))
-
-    Yield:
+                yield  # while the application runs
                 stop.set()
 
     Any number of workers may share one journal on PostgreSQL; on SQLite they take turns.

@@ -7,9 +7,10 @@ one that is not needed, it proves that both reject the use.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -24,10 +25,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import aioblobcol
 from aioblobcol import (
+    BlobApp,
     BlobTransaction,
     CommitOutcomeUnknown,
     DeleteReport,
     DeleteS3Result,
+    Journal,
+    JournalStatus,
     ObjectInfo,
     Outcome,
     PutS3ApiCall,
@@ -35,9 +39,12 @@ from aioblobcol import (
     S3Store,
     Store,
     StoreError,
+    Worker,
+    WorkReport,
     blob_transaction,
     delete_s3,
     guard,
+    journal_status,
     open_store,
     put_s3,
     use_explicit_begin,
@@ -208,6 +215,59 @@ async def transactions(
         pass
     await tx.put_s3("url", calls)  # type: ignore[call-arg]
     await tx.put_s3(pk="url")  # type: ignore[call-arg]
+
+
+async def journal(
+    engine: AsyncEngine, store: Store, session: AsyncSession, calls: list[PutS3ApiCall]
+) -> None:
+    a_journal = Journal(Base.metadata, store)
+    a_journal = Journal(
+        Base.metadata,
+        {"default": store, "archive": store},
+        table_name="journal",
+        schema="files",
+        engine=engine,
+        uri_columns=[Task.html, Task.__table__.c.html],
+        lease=timedelta(hours=2),
+        retention=timedelta(0),
+        strict=False,
+        owner="production",
+    )
+    assert_type(a_journal.lease, timedelta)
+    assert_type(a_journal.ddl(engine.dialect, with_table=False), list[str])
+    async with engine.begin() as connection:
+        await connection.run_sync(a_journal.create_triggers)
+        assert_type(await connection.run_sync(a_journal.missing_triggers), list[str])
+    BlobApp(engine=engine, stores=store, metadata=Base.metadata, journal=a_journal)
+
+    put = await put_s3(calls, pk="url", store=store, journal=a_journal)
+    async with blob_transaction(session, put, store=store, journal=a_journal) as tx:
+        assert_type(await tx.put_s3(pk="url", api_calls=calls), PutS3Result)
+
+    def note(report: WorkReport) -> None:
+        assert_type(report.claimed, int)
+        assert_type(report.lag, timedelta)
+
+    worker = Worker(a_journal, engine, batch_size=5, poll_every=timedelta(1), on_round=note)
+    assert_type(await worker.run_once(), WorkReport)
+    assert_type(await worker.drain(), list[WorkReport])
+    assert_type(await worker.lag(), timedelta)
+    await worker.run(asyncio.Event())
+    status = await journal_status(engine, a_journal, max_parked=5)
+    assert_type(status, JournalStatus)
+    assert_type(status.staged.oldest, timedelta | None)
+    assert_type([each.next_try for each in status.parked], list[datetime])
+
+    Journal(Base, store)  # type: ignore[arg-type]
+    Journal(Base.metadata, "bucket")  # type: ignore[arg-type]
+    Journal(Base.metadata, store, "journal")  # type: ignore[call-arg]
+    Journal(Base.metadata, store, lease=3600)  # type: ignore[arg-type]
+    Worker(engine, a_journal)  # type: ignore[arg-type]
+    Worker(a_journal, engine, poll_every=5)  # type: ignore[arg-type]
+    await worker.run()  # type: ignore[call-arg]
+    await journal_status(a_journal)  # type: ignore[call-arg, arg-type]
+    blob_transaction(session, journal=store)  # type: ignore[arg-type]
+    BlobApp(engine=engine, stores=store, metadata=Base.metadata, journal=store)  # type: ignore[arg-type]
 
 
 def errors(error: aioblobcol.AioBlobColError) -> None:

@@ -26,6 +26,7 @@ from aioblobcol import (
     BlobType,
     DeleteReport,
     DeleteS3Result,
+    Journal,
     ObjectInfo,
     PutS3Result,
     Store,
@@ -157,7 +158,7 @@ def comparing(blob: Blob) -> None:
     select(Task.image.uri).where(Task.image.size > 5)
 
 
-async def sessions(engine: AsyncEngine, store: Store) -> None:
+async def sessions(engine: AsyncEngine, store: Store, journal: Journal) -> None:
     assert_type(blob_sessionmaker(engine, store), async_sessionmaker[AsyncSession])
     assert_type(
         blob_sessionmaker(engine, store, class_=Session, autoflush=False),
@@ -167,24 +168,37 @@ async def sessions(engine: AsyncEngine, store: Store) -> None:
         engine, stores={"default": store, "archive": store}, background=True, commit_seconds=5
     )
     blob_sessionmaker(store=store, binds={})
+    assert_type(blob_sessionmaker(engine, journal=journal), async_sessionmaker[AsyncSession])
+    assert_type(
+        blob_sessionmaker(engine, store, class_=Session, journal=journal),
+        async_sessionmaker[Session],
+    )
     async with blob_sessionmaker(engine, store, class_=Session).begin() as session:
         assert_type(session, Session)
 
     blob_sessionmaker(store)  # type: ignore[call-overload]
     blob_sessionmaker(engine, "bucket")  # type: ignore[call-overload]
     blob_sessionmaker(engine, stores=[store])  # type: ignore[call-overload]
+    blob_sessionmaker(engine, journal="journal")  # type: ignore[call-overload]
 
 
 def tracking(
-    store: Store, factory: async_sessionmaker[Session], scoped: async_scoped_session[Session]
+    store: Store,
+    factory: async_sessionmaker[Session],
+    scoped: async_scoped_session[Session],
+    journal: Journal,
 ) -> None:
     assert_type(track_blobs(Session, store), type[Session])
     assert_type(track_blobs(factory, store), async_sessionmaker[Session])
     assert_type(track_blobs(scoped, stores={"default": store}), async_scoped_session[Session])
+    assert_type(track_blobs(Session, journal=journal), type[Session])
+    assert_type(track_blobs(factory, journal=journal), async_sessionmaker[Session])
+    assert_type(track_blobs(scoped, journal=journal), async_scoped_session[Session])
 
     track_blobs(int, store)  # type: ignore[type-var]
     track_blobs(store)  # type: ignore[call-overload]
     track_blobs(factory, factory)  # type: ignore[call-overload]
+    track_blobs(factory, journal=store)  # type: ignore[call-overload]
 
 
 async def verbs(

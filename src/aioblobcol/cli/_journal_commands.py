@@ -107,9 +107,8 @@ def status(
 ) -> None:
     """Show the journal: how many entries of each kind, how old, and how far the worker is behind.
 
-    Asks the database only, in constant time. Exit code 1, for an alarm: an object is parked (S3
-    refuses to delete it; somebody has to act), or the worker is further behind than
-    --max-lag-minutes.
+    Asks the database only. Exit code 1, for an alarm: an object is parked (S3 refuses to delete
+    it; somebody has to act), or the worker is further behind than --max-lag-minutes.
     """
     with explaining("status"):
         found = asyncio.run(_status(load_app(app_name)))
@@ -213,7 +212,8 @@ def claim(
 def disown(*, app_name: AppName) -> None:
     """Make this database delete nothing: for a copy of another one. Asks the database only.
 
-    The stores, and the database that owns them, stay as they are. `claim` takes it back.
+    The stores, and the database that owns them, stay as they are. `claim --take-over` takes it
+    back.
     """
     with explaining("disown"):
         for root in asyncio.run(_disown(load_app(app_name))):
