@@ -48,10 +48,11 @@ lint-imports: $(VENV)/installed-dev
 lint-compose: $(VENV)/installed-dev
 	$(BIN)/check-jsonschema --builtin-schema $(COMPOSE_SCHEMA) docker-compose.yml
 
-bench: $(VENV)/installed-demo ## time creates and updates, managed columns and the journal's triggers
+bench: $(VENV)/installed-test ## time creates and updates, managed columns and the journal
 	$(BIN)/python benchmarks/create_row.py $(ARGS)
 	$(BIN)/python benchmarks/managed_create.py
 	$(BIN)/python benchmarks/journal_triggers.py
+	$(BIN)/python benchmarks/journal_create.py
 
 build: $(VENV)/installed-dev ## build the wheel and the source archive into dist/
 	rm -rf dist
