@@ -149,6 +149,7 @@ class Journal:
         self.owner = owner
         self.table = _journal_table(metadata, table_name, schema or metadata.schema)
         self.owners = owners_table(metadata, self.table)
+        self._writing = update(self.table)
         event.listen(metadata, "after_create", self._after_create)
         event.listen(metadata, "before_drop", self._before_drop)
 
@@ -236,7 +237,7 @@ class Journal:
             InvalidInputError: nobody can tell its database, or its tables are others.
         """
         try:  # with a statement that writes: some sessions read from replicas
-            bind = session.get_bind(clause=update(self.table))
+            bind = session.get_bind(clause=self._writing)
         except UnboundExecutionError:
             return self.writer()
         check_schemas(bind)
