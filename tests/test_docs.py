@@ -935,6 +935,7 @@ class TestIsolation:
 class TestJoined:
     """What the session's own calls do to the outer transaction, as the table tells."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("in_savepoint", [False, True])
     @pytest.mark.parametrize("column", [1, 2, 3])
     @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioblobcol.worker")
 
+LOOKS_EVERY_SECONDS = 3600
+"""For triggers: partitions are made, and tables changed, while a worker runs."""
 FOREIGN = "under no store's bucket and prefix"
 
 
@@ -116,7 +119,7 @@ class Worker:
         self._claim_for = claim_for
         self._poll_every = poll_every
         self._on_round = on_round
-        self._has_looked = False
+        self._looks_again = 0.0
 
     async def run_once(self) -> WorkReport:
         """Do one round: claim, delete, and note what became of it.
@@ -132,9 +135,9 @@ class Worker:
         left_out = {name: s for name, s in states.items() if s is not OwnershipState.AGREED}
         stores = [each for name, each in self._journal.stores.items() if name not in left_out]
         async with self._begin() as connection:
-            if not self._has_looked:
+            if time.monotonic() >= self._looks_again:
                 await warn_of_missing_triggers(self._journal, connection)
-                self._has_looked = True
+                self._looks_again = time.monotonic() + LOOKS_EVERY_SECONDS
             lag = await lag_of(connection, self._journal)
             condemned = await self._entries.condemn(
                 connection,

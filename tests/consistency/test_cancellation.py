@@ -90,6 +90,7 @@ async def prepare(database: Database, store: MemoryStore, program: Program) -> o
     ("program", "after"), PROGRAMS, ids=lambda each: getattr(each, "__name__", "")
 )
 class TestCancellation:
+    @pytest.mark.slow
     async def test_at_every_await(
         self,
         database: Database,

@@ -205,6 +205,7 @@ async def factory(database: Database, memory_store: MemoryStore) -> AsyncIterato
     ("program", "after"), PROGRAMS, ids=lambda each: getattr(each, "__name__", "")
 )
 class TestCancellation:
+    @pytest.mark.slow
     async def test_at_every_await(
         self,
         database: Database,
@@ -232,6 +233,7 @@ class TestCancellation:
                 return
         pytest.fail("the program never ended")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stage", ["before", "after"])
     @pytest.mark.parametrize("operation", ["put", "copy", "delete"])
     async def test_while_a_request_is_on_the_wire(

@@ -749,6 +749,7 @@ class TestOnS3:
 class TestJoinedSessions:
     """Sessions bound to a connection in somebody's transaction: its owner decides."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "mode", ["conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"]
     )

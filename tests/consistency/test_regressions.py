@@ -496,6 +496,7 @@ class TestOneBlock:
 
         assert await contents(memory_store, postgres.engine) == (b"old", None)
 
+    @pytest.mark.slow
     async def test_the_users_own_rollback_is_cancelled(
         self, database: Database, memory_store: MemoryStore
     ) -> None:

@@ -8,6 +8,7 @@ import gc
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ import pytest_asyncio
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from support.databases import Database
 from support.journal import Journaled, open_journaled
 
-from aioblobcol import BlobType, InvalidInputError, StoreUnavailableError
+from aioblobcol import BlobType, InvalidInputError, Journal, StoreUnavailableError
 from aioblobcol._check import Check, Finding, FindingKind, KeyRange
 from aioblobcol._store._base import ListedObject
 from aioblobcol.testing import MemoryStore, StoredObject
@@ -789,3 +790,22 @@ class TestArguments:
     def test_meanings(self) -> None:
         """Each kind is told in a sentence."""
         assert all(kind.meaning for kind in FindingKind)
+
+
+async def test_sqlite_without_a_log_is_refused(tmp_path: Path, memory_store: MemoryStore) -> None:
+    """To read and to condemn at one time it would lock itself out: nothing is begun."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'plain.db'}")
+    metadata = sa.MetaData()
+    sa.Table("t", metadata, sa.Column("k", sa.Text, primary_key=True), sa.Column("b", BlobType()))
+    journal = Journal(metadata, memory_store)
+    async with engine.begin() as connection:
+        await connection.run_sync(metadata.create_all)
+    memory_store.objects[f"s3://bucket/prefix/x/id={1:032x}"] = StoredObject(
+        b"x", {}, {}, modified_at=OLD
+    )
+    with pytest.raises(RuntimeError, match="journal_mode=WAL"):
+        to_delete = Check(engine, memory_store, metadata, journal=journal, delete=True)
+        [each async for each in to_delete.findings()]
+    only_looking = Check(engine, memory_store, metadata, journal=journal)
+    assert len([each async for each in only_looking.findings()]) == 1
+    await engine.dispose()

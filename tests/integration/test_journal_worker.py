@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -19,7 +20,14 @@ from support.journal import Journaled, open_journaled
 from support.postgres_proxy import CutMode, postgres_proxy
 from support.s3_proxy import Answer, Forward, Request, s3_proxy
 
-from aioblobcol import DeleteReport, InvalidInputError, StoreClosedError, Worker, WorkReport
+from aioblobcol import (
+    BlobType,
+    DeleteReport,
+    InvalidInputError,
+    StoreClosedError,
+    Worker,
+    WorkReport,
+)
 from aioblobcol._journal import Journal, back_off, claim
 from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
@@ -63,6 +71,40 @@ class TestRounds:
 
         assert "journaled docs" in caplog.text
         assert "aioblobcol ddl" in caplog.text
+
+    async def test_they_are_looked_at_again(
+        self,
+        journaled: Journaled,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """An hour later: partitions are made, and tables changed, while a worker runs."""
+        at_work = worker(journaled)
+        await at_work.run_once()
+        async with journaled.database.engine.begin() as connection:
+            await connection.run_sync(journaled.journal.drop_triggers)
+        await at_work.run_once()
+        assert "aioblobcol ddl" not in caplog.text
+        real = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 3601)
+        await at_work.run_once()
+
+        assert "aioblobcol ddl" in caplog.text
+
+    async def test_a_table_that_this_database_does_not_have(self, journaled: Journaled) -> None:
+        """Of another database, or not there yet: it names nothing, and stops nobody."""
+        metadata = journaled.journal.table.metadata
+        sa.Table(
+            "elsewhere",
+            metadata,
+            sa.Column("key", sa.Text, primary_key=True),
+            sa.Column("body", BlobType()),
+        )
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+        await pass_time(journaled, hours=1)
+        await worker(journaled).run_once()
+
+        assert objects(journaled) == "cdef"
 
     async def test_all_columns_are_asked_in_one_statement(self, journaled: Journaled) -> None:
         """Between two an object could move from one column to the other, and be seen in none."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from support.databases import Database
 from support.journal import Journaled, open_journaled
 
 from aioblobcol import Journal, OwnershipError, OwnershipState, Worker, WorkReport
+from aioblobcol._check import Check
 from aioblobcol._journal import _ownership, check_ownership, claim, disown
 from aioblobcol._uri import marker_uri
 from aioblobcol.testing import MemoryStore, StoredObject
@@ -154,9 +157,66 @@ class TestDoubt:
         assert (await work(journaled)).left_out == {"default": OwnershipState.COPIED}
         assert MARKER not in journaled.store.objects
         forget(journaled)
-        await claim(journaled.journal, journaled.database.engine)
+        with pytest.raises(OwnershipError, match="copy"):
+            await claim(journaled.journal, journaled.database.engine)
+        await claim(journaled.journal, journaled.database.engine, take_over=True)
 
         assert await look(journaled) is OwnershipState.AGREED
+
+    async def test_what_was_true_a_minute_ago(
+        self, journaled: Journaled, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It allows nothing, if nobody can tell whether it still is."""
+        engine = journaled.database.engine
+        await check_ownership(journaled.journal, engine, claims=True)
+        real = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
+        async with engine.begin() as connection:
+            await connection.run_sync(journaled.journal.owners.drop)
+        for _ in range(2):
+            with pytest.raises(sa.exc.DBAPIError):
+                await check_ownership(journaled.journal, engine)
+
+
+class TestCheck:
+    async def test_condemns_only_what_is_its_own(self, journaled: Journaled) -> None:
+        """Of another database's prefix it condemns nothing, and says so before it begins."""
+        journaled.store.objects[journaled.uri("d")] = StoredObject(b"d", {}, {})
+        await claim(journaled.journal, journaled.database.engine)
+        await say(journaled, fingerprint="another")
+        forget(journaled)
+        check = Check(
+            journaled.database.engine,
+            journaled.store,
+            journaled.journal.table.metadata,
+            journal=journaled.journal,
+            delete=True,
+            min_age=timedelta(0),
+        )
+        with pytest.raises(OwnershipError, match="copy"):
+            [each async for each in check.findings()]
+
+        assert await journaled.states() == {"d": "retired"}
+
+    async def test_leaves_a_prefix_within_its_own_alone(self, journaled: Journaled) -> None:
+        """A folder with an owner's marker is somebody else's."""
+        root = "s3://bucket/prefix/"
+        objects = journaled.store.objects
+        theirs, ours = f"{root}sub/x/id={1:032x}", f"{root}x/y/id={2:032x}"
+        for uri in (theirs, ours, f"{root}sub/.aioblobcol-owner"):
+            objects[uri] = StoredObject(b"{}", {}, {})
+        check = Check(
+            journaled.database.engine,
+            journaled.store,
+            journaled.journal.table.metadata,
+            uri_columns=journaled.journal.uri_columns,
+            journal=journaled.journal,
+            delete=True,
+            min_age=timedelta(0),
+        )
+        found = [each.uri async for each in check.findings() if each.is_condemned]
+
+        assert found == [ours]
 
 
 class TestDisown:

@@ -20,10 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from .._journal import Entries, Journal, JournaledTable, column_of, named_by_rows, tables_with_uris
+from .._journal import (
+    Entries,
+    Journal,
+    JournaledTable,
+    OwnershipState,
+    check_ownership,
+    column_of,
+    named_by_rows,
+    tables_with_uris,
+)
 from .._store._base import ListedObject, ObjectInfo, Store, is_owned
 from .._uri import is_one_attempt, marker_uri, root_uri
-from ..errors import BlobNotFoundError, InvalidInputError, StoreError
+from ..errors import BlobNotFoundError, InvalidInputError, OwnershipError, StoreError
 from ._findings import Finding, FindingKind
 from ._known import Knowledge, Known
 from ._ranges import KeyRange, share_out, share_within
@@ -150,6 +159,8 @@ class Check:
         self._jobs = jobs
         self._left = dict(enumerate(ranges))
         self._sample: Sequence[str] = ()
+        self._journal = journal
+        self._owned_folders: dict[str, bool] = {}
         self._entries = None if journal is None else Entries(journal, engine.dialect.name)
         self._known = Knowledge(engine.dialect.name, self._root, self._tables, journal, grace=grace)
         self._looking_again = asyncio.Lock()
@@ -171,10 +182,14 @@ class Check:
         """Yield what is wrong, in the order of the URIs, or of those of each range.
 
         Raises:
+            OwnershipError: to be deleted is what another database owns.
             StoreError: the bucket could not be listed to its end.
-            RuntimeError: the bucket or the database does not sort by bytes.
+            RuntimeError: the bucket or the database does not sort by bytes; or SQLite would lock
+                itself out.
             SQLAlchemyError: the rows could not be read.
         """
+        if self._delete:
+            await self._check_may_delete()
         async with self._connect() as connection:
             self._sample = await self._known.sample(connection, SAMPLED)
         self._left = dict(enumerate(share_out(self.left, self._sample, self._jobs)))
@@ -198,6 +213,23 @@ class Check:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def _check_may_delete(self) -> None:
+        if self._journal is None:
+            return  # nothing is written to the database, which may be anybody's copy
+        states = await check_ownership(self._journal, self._engine, claims=True)
+        for name, store in self._journal.stores.items():
+            is_this = root_uri(store.bucket, store.prefix) == self._root
+            if is_this and states[name] is not OwnershipState.AGREED:
+                raise OwnershipError(self._root, states[name].meaning)
+        if self._engine.dialect.name == "sqlite" and self._engine.url.database:
+            async with self._connect() as connection:
+                mode = await connection.scalar(text("PRAGMA journal_mode"))
+            if mode not in {"wal", "memory"}:
+                raise RuntimeError(
+                    "to read and to condemn at one time SQLite needs PRAGMA journal_mode=WAL; "
+                    f"this file is in {mode!r}"
+                )
 
     def _note(self, number: int, up_to: str | None) -> None:
         if up_to is None:
@@ -394,10 +426,25 @@ class Check:
         """Report an orphan, and condemn it if that was asked for."""
         if not self._is_old(info):
             return None
+        if self._delete and await self._is_in_anothers_prefix(info.uri):
+            self.foreign += 1
+            return None
         is_condemned = self._delete and await self._condemn(info.uri)
         if self._delete and not is_condemned and self._entries is not None:
             return None  # a row has taken it meanwhile
         return Finding(FindingKind.ORPHAN, info.uri, info.size, info.modified_at, is_condemned)
+
+    async def _is_in_anothers_prefix(self, uri: str) -> bool:
+        """Tell whether a folder on the way to an object has an owner's marker of its own."""
+        folders = uri.removeprefix(self._root).split("/")[:-1]
+        for depth in range(1, len(folders) + 1):
+            prefix = "/".join(filter(None, (self._store.prefix, *folders[:depth])))
+            if prefix not in self._owned_folders:
+                head = await self._head(marker_uri(self._store.bucket, prefix))
+                self._owned_folders[prefix] = not isinstance(head, BlobNotFoundError)
+            if self._owned_folders[prefix]:
+                return True
+        return False
 
     def _is_old(self, info: ObjectInfo) -> bool:
         now = datetime.now(timezone.utc)

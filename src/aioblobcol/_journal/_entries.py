@@ -18,11 +18,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     Row,
+    Text,
     bindparam,
     delete,
     false,
+    inspect,
     or_,
     select,
     text,
@@ -347,10 +350,31 @@ class Entries:
             await connection.execute(delete(self._table).where(false()))
             return
         await connection.execute(text(DURABLE))
-        preparer = connection.dialect.identifier_preparer
-        tables = [preparer.format_table(each.table) for each in self._journal.journaled_tables]
-        if tables and reads_rows:
-            await connection.execute(text(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE"))
+        if not reads_rows:
+            return
+        format_table = connection.dialect.identifier_preparer.format_table
+        names = [format_table(each.table) for each in await self._tables_there(connection)]
+        if names:
+            await connection.execute(text(f"LOCK TABLE {', '.join(names)} IN ACCESS SHARE MODE"))
+
+    async def _tables_there(self, connection: AsyncConnection) -> list[JournaledTable]:
+        """Return the journaled tables that this database has by now: one that has none names none.
+
+        A worker may be deployed before its migration, or the metadata be of several databases.
+        """
+        tables = self._journal.journaled_tables
+        if self._is_sqlite:
+            there = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+            return [each for each in tables if each.table.schema or each.table.name in there]
+        format_table = connection.dialect.identifier_preparer.format_table
+        found = await connection.execute(
+            text(
+                "SELECT name FROM unnest(:names) AS name WHERE to_regclass(name) IS NOT NULL"
+            ).bindparams(bindparam("names", type_=ARRAY(Text))),
+            {"names": [format_table(each.table) for each in tables]},
+        )
+        there = set(found.scalars())
+        return [each for each in tables if format_table(each.table) in there]
 
     def _insert_new(self) -> Any:
         """Return an INSERT that leaves alone what is listed already."""
@@ -370,7 +394,9 @@ class Entries:
 
     async def _named_by_rows(self, connection: AsyncConnection, uris: Sequence[str]) -> set[str]:
         """Return those of *uris* that a row names."""
-        return await named_by_rows(connection, self._journal.journaled_tables, uris)
+        if not uris:
+            return set()
+        return await named_by_rows(connection, await self._tables_there(connection), uris)
 
     def _after(self, delay: timedelta) -> ColumnElement[Any]:
         """Return the database's time, so much later."""

@@ -5,7 +5,8 @@ row, with what tells this database from its copies (the fingerprint), and with w
 configuration calls itself (``Journal(owner=...)``). Whoever deletes asks first whether all agree.
 
 Invariants: on doubt nothing is deleted; a prefix with somebody else's marker is never claimed
-without being told to, and then under a new identity, so that two never own it at once.
+without being told to, and then under a new identity. Two databases that claim a free prefix in
+the same moment may both believe to own it, until they look again.
 """
 
 from __future__ import annotations
@@ -170,10 +171,9 @@ async def check_ownership(
     memory = memories.setdefault(engine.sync_engine, _Memory())
     now = time.monotonic()
     may_claim = claims and not _FREE.isdisjoint((memory.states or {}).values())
-    if memory.states is not None and not may_claim:
-        if now < memory.until:
-            return memory.states
-        memory.until = now + ASKED_AGAIN_SECONDS  # the others need not ask meanwhile
+    if memory.states is not None and not may_claim and now < memory.until:
+        return memory.states
+    memory.states = None  # what is not known to be so any more allows nothing
     states = {
         name: await _claim_if_free(journal, engine, sight) if claims else sight.state
         for name, sight in (await _look(journal, engine)).items()
@@ -205,7 +205,8 @@ async def claim(
     for sight in sights.values():
         if isinstance(sight.marker, Exception):
             raise sight.marker
-        is_free = sight.marker is None or sight.state is OwnershipState.AGREED
+        is_given_up = sight.state is OwnershipState.DISOWNED and sight.marker is None
+        is_free = is_given_up or sight.state in {*_FREE, OwnershipState.AGREED}
         if not (is_free or take_over):
             raise OwnershipError(sight.root, sight.state.meaning)
     states = {}
