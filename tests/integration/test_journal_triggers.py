@@ -863,6 +863,39 @@ class TestInstalling:
 
             assert await journaled.states() == {"a": "retired"}
 
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "INSERT INTO <docs> (name, body) VALUES ('r', <d>)",
+            "INSERT INTO <docs> (name, scan) VALUES ('r', {d})",
+            "INSERT INTO <docs> (name, body) VALUES ('r', <d>), ('s', <d>), ('t', <e>)",
+            "UPDATE <docs> SET body = <d>",
+        ],
+    )
+    async def test_not_strict_about_what_is_being_deleted(
+        self, database: Database, memory_store: MemoryStore, statement: str
+    ) -> None:
+        """Nobody takes over an object that is being deleted, however lenient the journal is."""
+        async with open_journaled(database, memory_store, strict=False) as journaled:
+            table = journaled.journal.table
+            async with database.engine.begin() as connection:
+                values = {"uri": journaled.uri("d"), "state": "deleting"}
+                await connection.execute(sa.insert(table).values(values))
+            with pytest.raises(DBAPIError, match="being deleted"):
+                await journaled.run(statement)
+
+            assert await journaled.states() == {"d": "deleting"}
+
+    async def test_not_strict_about_several_cells(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An object that is let into two cells at once is adopted: nobody may condemn it now."""
+        async with open_journaled(database, memory_store, strict=False) as journaled:
+            await journaled.stage("d")
+            await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>), ('s', <d>)")
+
+            assert await journaled.states() == {}
+
     def test_what_is_refused(self, memory_store: MemoryStore) -> None:
         """A journal without a store, with impossible times, or for columns that are none."""
         impossible: list[dict[str, Any]] = [

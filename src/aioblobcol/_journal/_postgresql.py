@@ -206,6 +206,7 @@ ORDER BY 1""",
 DECLARE
     refused text[];
     single text[];
+    doomed text[];
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -227,6 +228,8 @@ BEGIN
             || {literal(tail)};
     END IF;
     IF refused IS NOT NULL THEN
+        SELECT array_agg(uri ORDER BY uri) INTO doomed
+            FROM {self._entries} WHERE uri = ANY (refused) AND state = 'deleting';
         WITH owed AS (
             UPDATE {self._entries} AS entry SET claim = NULL
             WHERE uri = ANY (single) AND {IS_OWED} RETURNING uri
@@ -237,13 +240,25 @@ BEGIN
     END IF;
     IF refused IS NOT NULL THEN
         PERFORM set_config('row_security', 'on', true);
-        RAISE {"EXCEPTION" if self._strict else "WARNING"} 'aioblobcol: %', (
-            {self._reasons(journaled)}
-        ) USING HINT = CASE WHEN pg_trigger_depth() > 1
-            THEN {literal(NESTED_HINT)} ELSE {literal(HINT.format(stage=self._stage))} END;
+        {self._refuse(journaled)}
     END IF;
     RETURN NULL;
 END"""
+
+    def _refuse(self, journaled: JournaledTable) -> str:
+        """Raise; or warn, where the journal is not strict and nothing is being deleted."""
+        told = f"""'aioblobcol: %', (
+            {self._reasons(journaled)}
+        ) USING HINT = CASE WHEN pg_trigger_depth() > 1
+            THEN {literal(NESTED_HINT)} ELSE {literal(HINT.format(stage=self._stage))} END"""
+        if self._strict:
+            return f"RAISE EXCEPTION {told};"
+        return f"""IF doomed IS NULL THEN
+            RAISE WARNING {told};
+        ELSE
+            refused := doomed[:10];
+            RAISE EXCEPTION {told};
+        END IF;"""
 
     def _changes(self, journaled: JournaledTable) -> str:
         """Select what tells whether an UPDATE was about URIs at all; most are not."""
@@ -259,6 +274,8 @@ END"""
         )
 
     def _settle(self, before: str, after: str) -> str:
+        # an object for several cells that is let pass must not be condemned meanwhile
+        taken = "was = 0 AND now = 1" if self._strict else "now > was"
         return f"""WITH moved AS (
             SELECT uri, max(owner) AS owner, sum(was) AS was, sum(now) AS now FROM (
                 SELECT uri, owner, 1 AS was, 0 AS now FROM ({before}) AS b
@@ -266,7 +283,7 @@ END"""
             ) AS cells GROUP BY uri HAVING sum(was) <> sum(now)
         ), taken AS (
             DELETE FROM {self._entries} AS entry USING moved
-            WHERE entry.uri = moved.uri AND was = 0 AND now = 1 AND entry.state <> 'deleting'
+            WHERE entry.uri = moved.uri AND {taken} AND entry.state <> 'deleting'
             AND NOT ({IS_OWED}) RETURNING entry.uri
         ), gone AS (
             {self._retire("SELECT uri, owner FROM moved WHERE now = 0")}

@@ -175,12 +175,14 @@ class SqliteTriggers:
             was = self._times(uri, "OLD.", before) if before else "0"
             is_new = f"{is_own} AND ({was}) = 0"
             entry = f"SELECT 1 FROM {self._entries} WHERE uri = {uri}"
+            lines.append(
+                "SELECT RAISE(ABORT, 'aioblobcol: the object is being deleted') "
+                f"WHERE {is_new} AND EXISTS ({entry} AND state = 'deleting')"
+            )
             if self._strict:
                 named = self._times(uri, "", journaled.columns)
                 lines.append(
-                    f"SELECT CASE WHEN EXISTS ({entry} AND state <> 'deleting') THEN NULL "
-                    f"WHEN EXISTS ({entry}) THEN "
-                    "RAISE(ABORT, 'aioblobcol: the object is being deleted') "
+                    f"SELECT CASE WHEN EXISTS ({entry}) THEN NULL "
                     f"WHEN (SELECT count(*) FROM {table} WHERE ({named}) > 0) > 1 THEN "
                     "RAISE(ABORT, 'aioblobcol: the object is live in another row') "
                     f"ELSE RAISE(ABORT, {literal(ABSENT)}) END WHERE {is_new}"
