@@ -15,6 +15,7 @@ from support.databases import Database
 from support.journal import Journaled, open_journaled
 
 from aioblobcol import BlobType, Journal
+from aioblobcol._journal import proposed_indexes
 from aioblobcol.testing import MemoryStore
 
 
@@ -416,3 +417,32 @@ class TestNames:
 
         assert await on_postgres.states() == {"d": "staged"}
         assert journal.table.name == "other_journal"
+
+
+class TestIndexes:
+    async def test_they_are_of_use(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """What is proposed for JSON is what the worker and the check ask for."""
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "journaled_notes",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("meta", sa.JSON),
+            sa.Column("body", BlobType(format="json")),
+        )
+        journal = Journal(metadata, memory_store, uri_columns=[table.c.meta])
+        dialect = postgres.engine.dialect
+        plans = []
+        async with created(postgres, metadata), postgres.engine.begin() as connection:
+            for statement in proposed_indexes(journal, dialect):
+                await connection.exec_driver_sql(statement)
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            for column in journal.journaled_tables[0].columns:
+                question = sa.select(column.uri).where(column.uri == "s3://bucket/a")
+                compiled = question.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+                plan = await connection.exec_driver_sql(f"EXPLAIN {compiled}")
+                plans.append(str(plan.all()))
+
+        for text, name in zip(plans, ("meta", "body"), strict=True):
+            assert f"aioblobcol_uri_{name}_" in text
+            assert "Index Cond" in text

@@ -72,6 +72,7 @@ BEGIN
         RAISE EXCEPTION 'aioblobcol: % is not an object of this journal', coalesce(given, 'NULL')
             USING HINT = 'its key is under the store''s prefix and ends in /id=<32 hex digits>';
     END IF;
+    {DURABLE}
     INSERT INTO {self._entries} (uri, state) VALUES (given, 'staged');
     RETURN given;
 END"""
@@ -174,13 +175,8 @@ ORDER BY 1""",
 
     def _uri(self, column: UriColumn) -> str:
         name = f"r.{self._place.quoted(column.name)}"
-        if not column.is_json:
-            return f'{name}::text COLLATE "C"'
-        if column.column.type.compile(dialect=self._place.dialect) == "JSONB":
-            return f"({name} ->> 'uri') COLLATE \"C\""
-        # json, unlike jsonb, keeps what cannot be turned into text
-        tame = rf"replace({name}::text, '\u0000', '\ufffd')::json"
-        return f"({tame} ->> 'uri') COLLATE \"C\""
+        uri = column.json_member(name, self._place.dialect) if column.is_json else f"{name}::text"
+        return f'{uri} COLLATE "C"'
 
     # --- the function of one table
 
@@ -208,9 +204,7 @@ DECLARE
     single text[];
     doomed text[];
 BEGIN
-    IF current_setting('synchronous_commit') = 'off' THEN
-        PERFORM set_config('synchronous_commit', 'on', true);
-    END IF;
+    {DURABLE}
     IF TG_OP = 'INSERT' THEN
         {self._settle(nothing, after)};
     ELSIF TG_OP = 'UPDATE' THEN
@@ -274,6 +268,10 @@ END"""
         )
 
     def _settle(self, before: str, after: str) -> str:
+        """Adopt and retire; the entries are asked for by an array, which no plan can make a join.
+
+        A plan that was made while the journal was small would read all of it for each object.
+        """
         # an object for several cells that is let pass must not be condemned meanwhile
         taken = "was = 0 AND now = 1" if self._strict else "now > was"
         return f"""WITH moved AS (
@@ -282,8 +280,9 @@ END"""
                 UNION ALL SELECT uri, NULL, 0, 1 FROM ({after}) AS a
             ) AS cells GROUP BY uri HAVING sum(was) <> sum(now)
         ), taken AS (
-            DELETE FROM {self._entries} AS entry USING moved
-            WHERE entry.uri = moved.uri AND {taken} AND entry.state <> 'deleting'
+            DELETE FROM {self._entries} AS entry
+            WHERE entry.uri = ANY (ARRAY(SELECT uri FROM moved WHERE {taken}))
+            AND entry.state <> 'deleting'
             AND NOT ({IS_OWED}) RETURNING entry.uri
         ), gone AS (
             {self._retire("SELECT uri, owner FROM moved WHERE now = 0")}
@@ -427,6 +426,12 @@ IS_OWED = (
     f"coalesce(entry.claim = {literal(LET_GO)} AND entry.since = statement_timestamp(), false)"
 )
 """A row let the object go in this very statement, before its own trigger could adopt it."""
+
+
+DURABLE = """IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;"""
+"""A crash of the server must not undo what somebody has begun to act upon."""
 
 
 def _create_triggers() -> str:

@@ -132,9 +132,7 @@ class SqliteTriggers:
 
     def _uri(self, row: str, column: UriColumn) -> str:
         name = f"{row}{self._place.quoted(column.name)}"
-        if not column.is_json:
-            return name
-        return f"CASE WHEN json_valid({name}) THEN json_extract({name}, '$.uri') END"
+        return column.json_member(name, self._place.dialect) if column.is_json else name
 
     def _is_own(self, uri: str) -> str:
         """Write what `is_owned` and `is_one_attempt` say."""
