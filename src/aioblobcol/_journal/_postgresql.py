@@ -41,7 +41,7 @@ EVENTS = {
     "delete": ("AFTER DELETE", "REFERENCING OLD TABLE AS before_rows"),
     "truncate": ("BEFORE TRUNCATE", ""),
 }
-"""Moment and transition tables of each trigger; the last one is not for partitioned tables."""
+"""Moment and transition tables of each trigger; on partitioned tables the last one only looks."""
 
 
 class PostgresqlTriggers:
@@ -128,7 +128,7 @@ WHERE (
     SELECT count(*) FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
     WHERE tgrelid = tree.id AND tgname IN ({names}) AND tgenabled IN ('O', 'A')
     AND strpos(prosrc, stamp) > 0
-) < CASE tree.kind WHEN 'p' THEN {len(EVENTS) - 1} ELSE {len(EVENTS)} END
+) < {len(EVENTS)}
 ORDER BY 1""",
             execution_options={"no_parameters": True},
         )
@@ -216,6 +216,9 @@ BEGIN
     ELSIF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'aioblobcol: TRUNCATE of % needs READ COMMITTED', TG_RELID::regclass
             USING HINT = 'rows that are not in this snapshot would leave their objects behind';
+    ELSIF EXISTS ({UNEQUIPPED}) THEN
+        RAISE EXCEPTION 'aioblobcol: a partition of % has no triggers', TG_RELID::regclass
+            USING HINT = 'its objects would stay for ever: install the triggers, then try again';
     ELSE
         EXECUTE {literal(head + "ONLY ")}
             || quote_ident(TG_TABLE_SCHEMA) || '.' || quote_ident(TG_TABLE_NAME)
@@ -387,7 +390,7 @@ BEGIN
     END IF;
     {functions}
     FOR leaf IN {tree}
-        SELECT id, kind, function FROM tree WHERE is_chosen
+        SELECT id, function FROM tree WHERE is_chosen
     LOOP
         {CREATE_TRIGGERS}
     END LOOP;
@@ -428,6 +431,13 @@ IS_OWED = (
 """A row let the object go in this very statement, before its own trigger could adopt it."""
 
 
+UNEQUIPPED = """
+            SELECT 1 FROM pg_partition_tree(TG_RELID) WHERE isleaf AND NOT EXISTS (
+                SELECT 1 FROM pg_trigger WHERE tgrelid = relid
+                AND tgname = 'aioblobcol_journal_truncate' AND tgenabled IN ('O', 'A')
+            )"""
+"""A partition that was made after the installation, which TRUNCATE empties with all others."""
+
 DURABLE = """IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;"""
@@ -443,7 +453,6 @@ def _create_triggers() -> str:
             f"EXECUTE 'CREATE TRIGGER {name} {moment} ON ' || leaf.id",
             f"    || ' {tables} FOR EACH STATEMENT EXECUTE FUNCTION ' || leaf.function;",
         ]
-    lines[-3:-3] = ["CONTINUE WHEN leaf.kind = 'p';"]
     return "\n        ".join(lines)
 
 
