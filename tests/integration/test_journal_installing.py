@@ -15,6 +15,7 @@ from support.databases import Database
 from support.journal import Journaled, open_journaled
 
 from aioblobcol import BlobType, Journal
+from aioblobcol._journal import proposed_indexes
 from aioblobcol.testing import MemoryStore
 
 
@@ -416,3 +417,59 @@ class TestNames:
 
         assert await on_postgres.states() == {"d": "staged"}
         assert journal.table.name == "other_journal"
+
+
+class TestTruncate:
+    async def test_a_new_partition(self, on_postgres: Journaled, memory_store: MemoryStore) -> None:
+        """It is refused while a partition would lose its rows unseen."""
+        metadata = sa.MetaData()
+        blob_table("journaled_parts", metadata, postgresql_partition_by="RANGE (id)")
+        journal = Journal(metadata, memory_store, table_name="of_parts")
+        table = journal.table
+        uri = on_postgres.uri("d")
+        async with created(on_postgres.database, metadata):
+            parts = "PARTITION OF journaled_parts FOR VALUES FROM"
+            await on_postgres.run(
+                f"CREATE TABLE parts_new {parts} (0) TO (9)",
+                f"INSERT INTO of_parts (uri, state) VALUES ('{uri}', 'staged')",
+                f"INSERT INTO journaled_parts (id, body) VALUES (1, '{uri}')",
+            )
+            with pytest.raises(DBAPIError, match="a partition of journaled_parts has no triggers"):
+                await on_postgres.run("TRUNCATE journaled_parts")
+            async with on_postgres.database.engine.begin() as connection:
+                await connection.run_sync(journal.create_triggers)
+            await on_postgres.run("TRUNCATE journaled_parts")
+            async with on_postgres.database.engine.connect() as connection:
+                found = await connection.execute(sa.select(table.c.uri, table.c.state))
+                states = [tuple(row) for row in found]
+
+        assert states == [(uri, "retired")]
+
+
+class TestIndexes:
+    async def test_they_are_of_use(self, postgres: Database, memory_store: MemoryStore) -> None:
+        """What is proposed for JSON is what the worker and the check ask for."""
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "journaled_notes",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("meta", sa.JSON),
+            sa.Column("body", BlobType(format="json")),
+        )
+        journal = Journal(metadata, memory_store, uri_columns=[table.c.meta])
+        dialect = postgres.engine.dialect
+        plans = []
+        async with created(postgres, metadata), postgres.engine.begin() as connection:
+            for statement in proposed_indexes(journal, dialect):
+                await connection.exec_driver_sql(statement)
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            for column in journal.journaled_tables[0].columns:
+                question = sa.select(column.uri).where(column.uri == "s3://bucket/a")
+                compiled = question.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+                plan = await connection.exec_driver_sql(f"EXPLAIN {compiled}")
+                plans.append(str(plan.all()))
+
+        for text, name in zip(plans, ("meta", "body"), strict=True):
+            assert f"aioblobcol_uri_{name}_" in text
+            assert "Index Cond" in text

@@ -698,6 +698,57 @@ class TestPostgresql:
             async with journaled.database.engine.begin() as connection:
                 await connection.run_sync(metadata.tables["journaled_parts"].drop)
 
+    async def test_a_plan_of_a_small_journal(self, journaled: Journaled) -> None:
+        """A session that has adopted from a small journal reads no more of a large one."""
+        rows, names = 10, "'s3://bucket/prefix/many/id=' || lpad(n::text, 32, '0')"
+        read = (
+            "SELECT idx_tup_read, seq_tup_read FROM (SELECT sum(pg_stat_get_tuples_returned("
+            "indexrelid)) AS idx_tup_read FROM pg_index WHERE indrelid = 'aioblobcol_journal'"
+            "::regclass) AS i, pg_stat_user_tables WHERE relname = 'aioblobcol_journal'"
+        )
+        fill = f"INSERT INTO <docs> (name, body) SELECT n, {names} FROM generate_series"
+        stage = (
+            f"INSERT INTO aioblobcol_journal (uri, state) SELECT {names}, 'staged' "
+            "FROM generate_series"
+        )
+        async with journaled.database.engine.connect() as connection:
+            for statement in (
+                f"{stage}(1, 1) AS n",
+                "ANALYZE aioblobcol_journal",
+                f"{fill}(1, 1) AS n",
+                f"{stage}(2, {200 * rows}) AS n",
+            ):
+                await connection.exec_driver_sql(journaled.filled(statement))
+                await connection.commit()
+            await connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
+            await connection.commit()
+            before = sum((await connection.exec_driver_sql(read)).one())
+            await connection.exec_driver_sql(journaled.filled(f"{fill}(2, {rows}) AS n"))
+            await connection.commit()
+            await connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
+            await connection.commit()
+            after = sum((await connection.exec_driver_sql(read)).one())
+
+        assert rows - 1 <= after - before < 10 * rows
+
+    async def test_staging_is_durable(self, journaled: Journaled) -> None:
+        """Other programs upload afterwards: a crash of the server must not undo the entry."""
+        async with journaled.database.engine.begin() as connection:
+            await connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+            await connection.exec_driver_sql(journaled.filled("SELECT aioblobcol_stage(<d>)"))
+            setting = await connection.scalar(sa.text("SHOW synchronous_commit"))
+
+        assert setting == "on"
+
+    async def test_staging_does_not_weaken(self, journaled: Journaled) -> None:
+        """Whoever waits for more than the disk goes on doing so."""
+        async with journaled.database.engine.begin() as connection:
+            await connection.exec_driver_sql("SET LOCAL synchronous_commit = remote_apply")
+            await connection.exec_driver_sql(journaled.filled("SELECT aioblobcol_stage(<d>)"))
+            setting = await connection.scalar(sa.text("SHOW synchronous_commit"))
+
+        assert setting == "remote_apply"
+
 
 class TestSqlite:
     @pytest_asyncio.fixture
@@ -862,6 +913,39 @@ class TestInstalling:
             )
 
             assert await journaled.states() == {"a": "retired"}
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "INSERT INTO <docs> (name, body) VALUES ('r', <d>)",
+            "INSERT INTO <docs> (name, scan) VALUES ('r', {d})",
+            "INSERT INTO <docs> (name, body) VALUES ('r', <d>), ('s', <d>), ('t', <e>)",
+            "UPDATE <docs> SET body = <d>",
+        ],
+    )
+    async def test_not_strict_about_what_is_being_deleted(
+        self, database: Database, memory_store: MemoryStore, statement: str
+    ) -> None:
+        """Nobody takes over an object that is being deleted, however lenient the journal is."""
+        async with open_journaled(database, memory_store, strict=False) as journaled:
+            table = journaled.journal.table
+            async with database.engine.begin() as connection:
+                values = {"uri": journaled.uri("d"), "state": "deleting"}
+                await connection.execute(sa.insert(table).values(values))
+            with pytest.raises(DBAPIError, match="being deleted"):
+                await journaled.run(statement)
+
+            assert await journaled.states() == {"d": "deleting"}
+
+    async def test_not_strict_about_several_cells(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """An object that is let into two cells at once is adopted: nobody may condemn it now."""
+        async with open_journaled(database, memory_store, strict=False) as journaled:
+            await journaled.stage("d")
+            await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <d>), ('s', <d>)")
+
+            assert await journaled.states() == {}
 
     def test_what_is_refused(self, memory_store: MemoryStore) -> None:
         """A journal without a store, with impossible times, or for columns that are none."""

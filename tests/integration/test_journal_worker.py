@@ -28,6 +28,7 @@ from aioblobcol import (
     Worker,
     WorkReport,
 )
+from aioblobcol._check import Check
 from aioblobcol._journal import Journal, back_off, claim
 from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
@@ -298,6 +299,46 @@ class TestRounds:
         assert report == WorkReport(claimed=1, deleted=1)
         assert memory_store.objects.keys() >= set(uris[:2])
         assert uris[2] not in memory_store.objects
+
+    async def test_json_that_cannot_be_read(
+        self, database: Database, memory_store: MemoryStore
+    ) -> None:
+        """One such row stops neither the worker nor the check, which see all the others."""
+        metadata = sa.MetaData()
+        table = sa.Table(
+            "journaled_notes",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("meta", sa.JSON),
+            sa.Column("body", BlobType(format="json")),
+        )
+        journal = Journal(metadata, memory_store, uri_columns=[table.c.meta])
+        live, lost = (f"s3://bucket/prefix/notes/id={n:032x}" for n in range(2))
+        unreadable = "not json" if database.is_sqlite else '{"note": "a\\u0000b"}'
+        async with database.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+            for uri in (live, lost):
+                await connection.execute(sa.insert(journal.table).values(uri=uri, state="staged"))
+                memory_store.objects[uri] = StoredObject(b"x", {}, {})
+            await connection.execute(sa.insert(table).values(id=1, meta={"uri": live, "n": "é"}))
+            columns = "meta, body" if database.is_sqlite else "meta"
+            values = f"'{unreadable}', '{unreadable}'" if database.is_sqlite else f"'{unreadable}'"
+            await connection.exec_driver_sql(
+                f"INSERT INTO journaled_notes (id, {columns}) VALUES (2, {values})"
+            )
+            past = datetime(2020, 1, 1)  # noqa: DTZ001 - as SQLite stores it
+            when = past if database.is_sqlite else past.replace(tzinfo=timezone.utc)
+            await connection.execute(sa.update(journal.table).values(since=when))
+        report = await Worker(journal, database.engine).run_once()
+        check = Check(database.engine, memory_store, metadata, uri_columns=[table.c.meta])
+        findings = [each async for each in check.findings()]
+        async with database.engine.begin() as connection:
+            await connection.run_sync(metadata.drop_all)
+
+        assert report == WorkReport(claimed=1, deleted=1)
+        assert live in memory_store.objects
+        assert lost not in memory_store.objects
+        assert (findings, check.cells) == ([], 1)
 
     async def test_staging_twice(self, journaled: Journaled) -> None:
         """A batch whose commit is in doubt may be sent again, and changes nothing by it."""

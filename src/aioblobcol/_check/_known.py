@@ -26,9 +26,9 @@ from sqlalchemy import (
     type_coerce,
     union_all,
 )
-from sqlalchemy.types import JSON
 
 from .._column import BlobType
+from .._journal._columns import JsonMember
 from .._journal._entries import PARKED
 
 if TYPE_CHECKING:
@@ -180,11 +180,7 @@ class Knowledge:
         for table in self._tables:
             for each in table.columns:
                 of_json = isinstance(each.column.type, BlobType) and each.is_json
-                size = (
-                    type_coerce(each.column, JSON)["size"].as_string()
-                    if of_json
-                    else cast(null(), Text)
-                )
+                size = JsonMember(each.column, "size") if of_json else cast(null(), Text)
                 yield each.uri, size
 
     def _below_root(self, selects: Sequence[Select[Any]]) -> list[Select[Any]]:

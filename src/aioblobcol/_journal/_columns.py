@@ -20,8 +20,11 @@ from sqlalchemy import (
     Text,
     cast,
     inspect,
+    literal_column,
     type_coerce,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from .._column import BlobType
 from ..errors import InvalidInputError
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.sql.compiler import SQLCompiler
 
 MAX_IDENTIFIER_BYTES = 63
 """Source: PostgreSQL documentation, "Identifiers and Key Words" (NAMEDATALEN - 1)."""
@@ -59,11 +63,46 @@ class UriColumn:
     def uri(self) -> ColumnElement[str]:
         """The URI as an expression."""
         if self.is_json:
-            text: ColumnElement[str] = type_coerce(self.column, JSON)["uri"].as_string()
-            return text
+            return JsonMember(self.column, "uri")
         if isinstance(self.column.type, CHAR):
             return cast(self.column, Text)  # without the spaces that CHAR(n) is filled with
         return type_coerce(self.column, String())
+
+    def json_member(self, name: str, dialect: Dialect) -> str:
+        """Write the URI in JSON, as `uri` does, for a column that is called *name* there."""
+        return _json_member(name, "uri", self.column, dialect)
+
+
+class JsonMember(FunctionElement[str]):
+    """A member of the object in a column, as text; NULL where there is none, or no JSON.
+
+    One row with text that cannot be read must not keep all others from being read. Triggers,
+    questions and indexes write it alike, without parameters, so that an index is found.
+    """
+
+    type = Text()
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any], key: str) -> None:
+        super().__init__(column, literal_column(key))
+
+
+@compiles(JsonMember)
+def _compile_json_member(element: JsonMember, compiler: SQLCompiler, **arguments: Any) -> str:
+    column, key = element.clauses
+    name, text = (compiler.process(each, **arguments) for each in (column, key))
+    return _json_member(name, text, column, compiler.dialect)
+
+
+def _json_member(name: str, key: str, column: ColumnElement[Any], dialect: Dialect) -> str:
+    """Write what `JsonMember` is."""
+    if dialect.name != "postgresql":
+        text = f"CAST(json_extract({name}, '$.{key}') AS TEXT)"
+        return f"CASE WHEN json_valid({name}) THEN {text} END"
+    if column.type.compile(dialect=dialect) != "JSONB":
+        # json, unlike jsonb, keeps what cannot be turned into text
+        name = rf"replace(CAST({name} AS text), '\u0000', '\ufffd')::json"
+    return f"({name} ->> '{key}')"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,18 +28,19 @@ def proposed_indexes(journal: Journal, dialect: Dialect) -> list[str]:
         schema = journaled.table.schema if is_sqlite else None
         before = f"{preparer.quote_schema(schema)}." if schema else ""
         for column in journaled.columns:
-            # SQLite takes no index for an expression with parameters, as the question has one
+            # SQLAlchemy warns of SQLite's indexes on expressions whenever it reads what there is
             if _is_indexed(journaled, column) or (is_sqlite and column.is_json):
                 continue
             name = before + preparer.quote(journaled.identifier(f"uri_{column.name}"))
-            expression = _expression(column, preparer.quote(column.name))
+            expression = _expression(column, preparer.quote(column.name), dialect)
             statements.append(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({expression})")
     return statements
 
 
-def _expression(column: UriColumn, name: str) -> str:
+def _expression(column: UriColumn, name: str, dialect: Dialect) -> str:
+    """Write what `UriColumn.uri` asks for."""
     if column.is_json:
-        return f"({name} ->> 'uri')"
+        return f"({column.json_member(name, dialect)})"
     return f"CAST({name} AS TEXT)" if isinstance(column.column.type, CHAR) else name
 
 

@@ -41,7 +41,7 @@ EVENTS = {
     "delete": ("AFTER DELETE", "REFERENCING OLD TABLE AS before_rows"),
     "truncate": ("BEFORE TRUNCATE", ""),
 }
-"""Moment and transition tables of each trigger; the last one is not for partitioned tables."""
+"""Moment and transition tables of each trigger; on partitioned tables the last one only looks."""
 
 
 class PostgresqlTriggers:
@@ -72,6 +72,7 @@ BEGIN
         RAISE EXCEPTION 'aioblobcol: % is not an object of this journal', coalesce(given, 'NULL')
             USING HINT = 'its key is under the store''s prefix and ends in /id=<32 hex digits>';
     END IF;
+    {DURABLE}
     INSERT INTO {self._entries} (uri, state) VALUES (given, 'staged');
     RETURN given;
 END"""
@@ -127,7 +128,7 @@ WHERE (
     SELECT count(*) FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
     WHERE tgrelid = tree.id AND tgname IN ({names}) AND tgenabled IN ('O', 'A')
     AND strpos(prosrc, stamp) > 0
-) < CASE tree.kind WHEN 'p' THEN {len(EVENTS) - 1} ELSE {len(EVENTS)} END
+) < {len(EVENTS)}
 ORDER BY 1""",
             execution_options={"no_parameters": True},
         )
@@ -174,13 +175,8 @@ ORDER BY 1""",
 
     def _uri(self, column: UriColumn) -> str:
         name = f"r.{self._place.quoted(column.name)}"
-        if not column.is_json:
-            return f'{name}::text COLLATE "C"'
-        if column.column.type.compile(dialect=self._place.dialect) == "JSONB":
-            return f"({name} ->> 'uri') COLLATE \"C\""
-        # json, unlike jsonb, keeps what cannot be turned into text
-        tame = rf"replace({name}::text, '\u0000', '\ufffd')::json"
-        return f"({tame} ->> 'uri') COLLATE \"C\""
+        uri = column.json_member(name, self._place.dialect) if column.is_json else f"{name}::text"
+        return f'{uri} COLLATE "C"'
 
     # --- the function of one table
 
@@ -206,10 +202,9 @@ ORDER BY 1""",
 DECLARE
     refused text[];
     single text[];
+    doomed text[];
 BEGIN
-    IF current_setting('synchronous_commit') = 'off' THEN
-        PERFORM set_config('synchronous_commit', 'on', true);
-    END IF;
+    {DURABLE}
     IF TG_OP = 'INSERT' THEN
         {self._settle(nothing, after)};
     ELSIF TG_OP = 'UPDATE' THEN
@@ -221,12 +216,17 @@ BEGIN
     ELSIF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'aioblobcol: TRUNCATE of % needs READ COMMITTED', TG_RELID::regclass
             USING HINT = 'rows that are not in this snapshot would leave their objects behind';
+    ELSIF EXISTS ({UNEQUIPPED}) THEN
+        RAISE EXCEPTION 'aioblobcol: a partition of % has no triggers', TG_RELID::regclass
+            USING HINT = 'its objects would stay for ever: install the triggers, then try again';
     ELSE
         EXECUTE {literal(head + "ONLY ")}
             || quote_ident(TG_TABLE_SCHEMA) || '.' || quote_ident(TG_TABLE_NAME)
             || {literal(tail)};
     END IF;
     IF refused IS NOT NULL THEN
+        SELECT array_agg(uri ORDER BY uri) INTO doomed
+            FROM {self._entries} WHERE uri = ANY (refused) AND state = 'deleting';
         WITH owed AS (
             UPDATE {self._entries} AS entry SET claim = NULL
             WHERE uri = ANY (single) AND {IS_OWED} RETURNING uri
@@ -237,13 +237,25 @@ BEGIN
     END IF;
     IF refused IS NOT NULL THEN
         PERFORM set_config('row_security', 'on', true);
-        RAISE {"EXCEPTION" if self._strict else "WARNING"} 'aioblobcol: %', (
-            {self._reasons(journaled)}
-        ) USING HINT = CASE WHEN pg_trigger_depth() > 1
-            THEN {literal(NESTED_HINT)} ELSE {literal(HINT.format(stage=self._stage))} END;
+        {self._refuse(journaled)}
     END IF;
     RETURN NULL;
 END"""
+
+    def _refuse(self, journaled: JournaledTable) -> str:
+        """Raise; or warn, where the journal is not strict and nothing is being deleted."""
+        told = f"""'aioblobcol: %', (
+            {self._reasons(journaled)}
+        ) USING HINT = CASE WHEN pg_trigger_depth() > 1
+            THEN {literal(NESTED_HINT)} ELSE {literal(HINT.format(stage=self._stage))} END"""
+        if self._strict:
+            return f"RAISE EXCEPTION {told};"
+        return f"""IF doomed IS NULL THEN
+            RAISE WARNING {told};
+        ELSE
+            refused := doomed[:10];
+            RAISE EXCEPTION {told};
+        END IF;"""
 
     def _changes(self, journaled: JournaledTable) -> str:
         """Select what tells whether an UPDATE was about URIs at all; most are not."""
@@ -259,14 +271,21 @@ END"""
         )
 
     def _settle(self, before: str, after: str) -> str:
+        """Adopt and retire; the entries are asked for by an array, which no plan can make a join.
+
+        A plan that was made while the journal was small would read all of it for each object.
+        """
+        # an object for several cells that is let pass must not be condemned meanwhile
+        taken = "was = 0 AND now = 1" if self._strict else "now > was"
         return f"""WITH moved AS (
             SELECT uri, max(owner) AS owner, sum(was) AS was, sum(now) AS now FROM (
                 SELECT uri, owner, 1 AS was, 0 AS now FROM ({before}) AS b
                 UNION ALL SELECT uri, NULL, 0, 1 FROM ({after}) AS a
             ) AS cells GROUP BY uri HAVING sum(was) <> sum(now)
         ), taken AS (
-            DELETE FROM {self._entries} AS entry USING moved
-            WHERE entry.uri = moved.uri AND was = 0 AND now = 1 AND entry.state <> 'deleting'
+            DELETE FROM {self._entries} AS entry
+            WHERE entry.uri = ANY (ARRAY(SELECT uri FROM moved WHERE {taken}))
+            AND entry.state <> 'deleting'
             AND NOT ({IS_OWED}) RETURNING entry.uri
         ), gone AS (
             {self._retire("SELECT uri, owner FROM moved WHERE now = 0")}
@@ -371,7 +390,7 @@ BEGIN
     END IF;
     {functions}
     FOR leaf IN {tree}
-        SELECT id, kind, function FROM tree WHERE is_chosen
+        SELECT id, function FROM tree WHERE is_chosen
     LOOP
         {CREATE_TRIGGERS}
     END LOOP;
@@ -412,6 +431,19 @@ IS_OWED = (
 """A row let the object go in this very statement, before its own trigger could adopt it."""
 
 
+UNEQUIPPED = """
+            SELECT 1 FROM pg_partition_tree(TG_RELID) WHERE isleaf AND NOT EXISTS (
+                SELECT 1 FROM pg_trigger WHERE tgrelid = relid
+                AND tgname = 'aioblobcol_journal_truncate' AND tgenabled IN ('O', 'A')
+            )"""
+"""A partition that was made after the installation, which TRUNCATE empties with all others."""
+
+DURABLE = """IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;"""
+"""A crash of the server must not undo what somebody has begun to act upon."""
+
+
 def _create_triggers() -> str:
     lines = []
     for event, (moment, tables) in EVENTS.items():
@@ -421,7 +453,6 @@ def _create_triggers() -> str:
             f"EXECUTE 'CREATE TRIGGER {name} {moment} ON ' || leaf.id",
             f"    || ' {tables} FOR EACH STATEMENT EXECUTE FUNCTION ' || leaf.function;",
         ]
-    lines[-3:-3] = ["CONTINUE WHEN leaf.kind = 'p';"]
     return "\n        ".join(lines)
 
 

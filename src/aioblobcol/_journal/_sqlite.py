@@ -132,9 +132,7 @@ class SqliteTriggers:
 
     def _uri(self, row: str, column: UriColumn) -> str:
         name = f"{row}{self._place.quoted(column.name)}"
-        if not column.is_json:
-            return name
-        return f"CASE WHEN json_valid({name}) THEN json_extract({name}, '$.uri') END"
+        return column.json_member(name, self._place.dialect) if column.is_json else name
 
     def _is_own(self, uri: str) -> str:
         """Write what `is_owned` and `is_one_attempt` say."""
@@ -175,12 +173,14 @@ class SqliteTriggers:
             was = self._times(uri, "OLD.", before) if before else "0"
             is_new = f"{is_own} AND ({was}) = 0"
             entry = f"SELECT 1 FROM {self._entries} WHERE uri = {uri}"
+            lines.append(
+                "SELECT RAISE(ABORT, 'aioblobcol: the object is being deleted') "
+                f"WHERE {is_new} AND EXISTS ({entry} AND state = 'deleting')"
+            )
             if self._strict:
                 named = self._times(uri, "", journaled.columns)
                 lines.append(
-                    f"SELECT CASE WHEN EXISTS ({entry} AND state <> 'deleting') THEN NULL "
-                    f"WHEN EXISTS ({entry}) THEN "
-                    "RAISE(ABORT, 'aioblobcol: the object is being deleted') "
+                    f"SELECT CASE WHEN EXISTS ({entry}) THEN NULL "
                     f"WHEN (SELECT count(*) FROM {table} WHERE ({named}) > 0) > 1 THEN "
                     "RAISE(ABORT, 'aioblobcol: the object is live in another row') "
                     f"ELSE RAISE(ABORT, {literal(ABSENT)}) END WHERE {is_new}"

@@ -122,6 +122,7 @@ class Journal:
             retention: see the attribute; longer than a replica may lag.
             strict: False records a warning where a statement would be refused (PostgreSQL), or
                 nothing (SQLite): for a rolling deployment, as long as old programs write rows.
+                What is being deleted is refused all the same.
             owner: of the objects, such as ``os.environ["DEPLOYMENT"]``. A copy of the database
                 that cannot be told from it otherwise (a promoted replica, a SQLite file under
                 the same path) deletes nothing where this is another one.
