@@ -161,6 +161,35 @@ class TestDdl:
         assert bool(indexes) == ("\nCREATE INDEX IF NOT" in printed.stdout)
         assert bool(indexes) == (await self.indexes(database) != set())
 
+    async def test_takes_it_out_again(self, operated: Operated) -> None:
+        """Triggers go at once; the tables stay for the worker, and go as the comments say."""
+        journaled = operated.journaled
+        database, journal = journaled.database, journaled.journal
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+        for _ in range(2):
+            printed = await operated.run("ddl", "--drop")
+            assert (printed.exit_code, printed.stderr) == (0, "")
+            await self.execute(database, printed.stdout)
+        await journaled.run("UPDATE <docs> SET body = <f>")  # staged by nobody, seen by nobody
+        async with database.engine.connect() as connection:
+            assert "journaled docs" in str(await connection.run_sync(journal.missing_triggers))
+        assert await journaled.states() == {"a": "retired", "b": "retired"}
+        rest = printed.stdout.partition("shows nothing:")[2].replace("\n-- ", "\n")
+        await self.execute(database, rest)
+
+        async with database.engine.connect() as connection:
+            left = await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
+            assert [name for name in left if name.startswith("aioblobcol")] == []
+            if not database.is_sqlite:
+                names = "SELECT count(*) FROM pg_proc WHERE proname LIKE 'aioblobcol%%'"
+                assert await connection.scalar(sa.text(names)) == 0
+
+    async def test_takes_out_no_half(self, operated: Operated) -> None:
+        """What only goes with an installation is refused."""
+        for option in ("--no-table", "--indexes"):
+            result = await operated.run("ddl", "--drop", option)
+            assert (result.exit_code, result.stdout) == (2, "")
+
     async def execute(self, database: Database, script: str) -> None:
         """Run a script as a whole, with the driver alone."""
         if database.is_sqlite:
