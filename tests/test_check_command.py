@@ -252,7 +252,13 @@ class TestState:
 
     def kept(self, tmp_path: Path) -> CheckState:
         """Give the state of the checks of these tests."""
-        return CheckState(tmp_path / "check.json", {"delete": False, "min_age_hours": 0.0})
+        options = {
+            "app": "shop_models:blobs",
+            "database": f"sqlite+aiosqlite:///{os.environ['DATABASE']}",
+            "delete": False,
+            "min_age_hours": 0.0,
+        }
+        return CheckState(tmp_path / "check.json", options)
 
     async def test_goes_when_all_is_done(
         self, run: Run, arguments: tuple[str, ...], tmp_path: Path
@@ -349,6 +355,39 @@ class TestState:
         assert (code, out) == (2, "")
         assert "other options" in " ".join(err.split())
         assert "Traceback" not in err
+
+    async def test_of_another_application(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """Neither another application nor another database goes on where this one was."""
+        with (tmp_path / "shop_models.py").open("a") as module:
+            module.write("\nothers = blobs\n")
+        self.kept(tmp_path).note(self.root(), [], wrong=0)
+        text = (tmp_path / "check.json").read_text()
+        other = str(tmp_path / "other.db")
+
+        for more, changes in ((("--app", "shop_models:others"), {}), ((), {"DATABASE": other})):
+            code, out, err = await run(*arguments, *more, **changes)
+            assert (code, out) == (2, "")
+            assert "another application or database" in " ".join(err.replace("│", " ").split())
+            assert (tmp_path / "check.json").read_text() == text
+
+    async def test_keeps_no_password(
+        self, run: Run, arguments: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """What is compared is the database's URL without its password, wherever that stands."""
+        with (tmp_path / "shop_models.py").open("a") as module:
+            module.write(
+                'url = "postgresql+asyncpg://me:secret@127.0.0.1:1/db?password=secret"\n'
+                "engine = create_async_engine(url)\n"
+                "blobs = BlobApp(engine=engine, stores=store, metadata=Base.metadata)\n"
+            )
+        code, _, _ = await run(*arguments)
+        text = (tmp_path / "check.json").read_text()
+
+        assert code == 1
+        assert "me:***@127.0.0.1:1/db" in text
+        assert "secret" not in text
 
     def test_that_cannot_be_written(self, tmp_path: Path) -> None:
         """It is told before anything is looked at."""

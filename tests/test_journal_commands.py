@@ -161,6 +161,35 @@ class TestDdl:
         assert bool(indexes) == ("\nCREATE INDEX IF NOT" in printed.stdout)
         assert bool(indexes) == (await self.indexes(database) != set())
 
+    async def test_takes_it_out_again(self, operated: Operated) -> None:
+        """Triggers go at once; the tables stay for the worker, and go as the comments say."""
+        journaled = operated.journaled
+        database, journal = journaled.database, journaled.journal
+        await journaled.run("DELETE FROM <docs> WHERE name = 'p'")
+        for _ in range(2):
+            printed = await operated.run("ddl", "--drop")
+            assert (printed.exit_code, printed.stderr) == (0, "")
+            await self.execute(database, printed.stdout)
+        await journaled.run("UPDATE <docs> SET body = <f>")  # staged by nobody, seen by nobody
+        async with database.engine.connect() as connection:
+            assert "journaled docs" in str(await connection.run_sync(journal.missing_triggers))
+        assert await journaled.states() == {"a": "retired", "b": "retired"}
+        rest = printed.stdout.partition("shows nothing:")[2].replace("\n-- ", "\n")
+        await self.execute(database, rest)
+
+        async with database.engine.connect() as connection:
+            left = await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
+            assert [name for name in left if name.startswith("aioblobcol")] == []
+            if not database.is_sqlite:
+                names = "SELECT count(*) FROM pg_proc WHERE proname LIKE 'aioblobcol%%'"
+                assert await connection.scalar(sa.text(names)) == 0
+
+    async def test_takes_out_no_half(self, operated: Operated) -> None:
+        """What only goes with an installation is refused."""
+        for option in ("--no-table", "--indexes"):
+            result = await operated.run("ddl", "--drop", option)
+            assert (result.exit_code, result.stdout) == (2, "")
+
     async def execute(self, database: Database, script: str) -> None:
         """Run a script as a whole, with the driver alone."""
         if database.is_sqlite:
@@ -225,7 +254,7 @@ class TestRetireTable:
         """Everything that it names is retired, its rows stay and name nothing."""
         result = await operated.run("retire-table", "journaled docs", "--yes")
 
-        assert result.exit_code == 0
+        assert (result.exit_code, result.stderr) == (0, "")
         assert "3 objects in 2 rows were retired" in result.stdout
         assert await operated.journaled.states() == dict.fromkeys("abc", "retired")
         async with operated.journaled.database.engine.connect() as connection:
@@ -274,6 +303,85 @@ class TestRetireTable:
         async with database.engine.begin() as connection:
             assert (await connection.execute(sa.select(table))).all() == []
             await connection.run_sync(metadata.drop_all)
+
+    @pytest.mark.parametrize("ondelete", ["CASCADE", "SET NULL", "SET DEFAULT"])
+    async def test_rows_of_other_tables(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, ondelete: str
+    ) -> None:
+        """Rows are not deleted where others would be deleted or changed along; these are named."""
+        metadata, store = sa.MetaData(), MemoryStore()
+        table = sa.Table(
+            "strict_docs",
+            metadata,
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("above", sa.ForeignKey("strict_docs.id", ondelete="CASCADE")),
+            sa.Column("url", sa.Text, nullable=False),
+        )
+        for name, action in (("strict pages", ondelete), ("strict_notes", "RESTRICT")):
+            key = sa.ForeignKey("strict_docs.id", ondelete=action)
+            sa.Table(name, metadata, sa.Column("doc", key))
+        journal = Journal(metadata, store, table_name="strict_journal", uri_columns=[table.c.url])
+        operated = Operated(Journaled(database, store, journal), monkeypatch)
+        async with database.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        await operated.journaled.stage("a", "b")
+        await operated.journaled.run(
+            "INSERT INTO strict_docs VALUES (1, NULL, <a>), (2, 1, <b>)",
+            'INSERT INTO "strict pages" VALUES (1)',
+        )
+        for arguments in ((), ("--yes",)):
+            result = await operated.run("retire-table", "strict_docs", *arguments)
+            assert result.exit_code == 1
+            assert "strict pages" in result.stderr
+            assert "strict_notes" not in result.stderr
+        assert await operated.journaled.states() == {}
+
+        async with database.engine.begin() as connection:
+            await connection.run_sync(metadata.tables["strict pages"].drop)
+        assert (await operated.run("retire-table", "strict_docs", "--yes")).exit_code == 0
+        assert await operated.journaled.states() == {"a": "retired", "b": "retired"}
+        async with database.engine.begin() as connection:
+            await connection.run_sync(metadata.drop_all)
+
+    async def test_an_object_of_two_cells(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It counts once, and goes once."""
+        async with open_journaled(database, MemoryStore(), strict=False) as journaled:
+            await journaled.run("INSERT INTO <docs> (name, body) VALUES ('r', <a>)")
+            result = await Operated(journaled, monkeypatch).run(
+                "retire-table", "journaled docs", "--yes"
+            )
+
+            assert (result.exit_code, result.stderr) == (0, "")
+            assert "3 objects in 3 rows were retired" in result.stdout
+            assert await journaled.states() == dict.fromkeys("abc", "retired")
+
+    async def test_rows_that_are_hidden(
+        self, postgres: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where policies hide rows it refuses, for their objects would stay."""
+        async with open_journaled(postgres, MemoryStore()) as journaled:
+            operated = Operated(journaled, monkeypatch)
+            await journaled.run(
+                "ALTER TABLE <docs> ENABLE ROW LEVEL SECURITY",
+                "CREATE POLICY hidden ON <docs> USING (name = 'p')",
+                "CREATE ROLE retiring",
+                "GRANT ALL ON <docs>, aioblobcol_journal TO retiring",
+            )
+            try:
+                for arguments in ((), ("--yes",)):
+                    engine = create_async_engine(
+                        postgres.url, connect_args={"server_settings": {"role": "retiring"}}
+                    )
+                    result = await operated.run(
+                        "retire-table", "journaled docs", *arguments, engine=engine
+                    )
+                    assert result.exit_code == 1
+                    assert "row-level security" in result.stderr
+                assert await journaled.states() == {}
+            finally:
+                await journaled.run("DROP OWNED BY retiring CASCADE", "DROP ROLE retiring")
 
     async def test_a_partition(self, postgres: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         """One partition lets go, the others keep what they name."""

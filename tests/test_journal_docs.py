@@ -54,7 +54,7 @@ from aioblobcol.cli._commands import app as command_line
 from aioblobcol.testing import MemoryStore, S3Server, Step, assert_consistent
 
 JOURNAL = Page(ROOT / "docs/journal.md")
-CONSOLE = ["worker", "status", "check", "ddl", "retire-table", "disown"]
+CONSOLE = ["claim", "worker", "status", "check", "ddl", "retire-table", "disown", "ddl-drop"]
 
 
 # --- where the blocks run ----------------------------------------------------------------------
@@ -145,7 +145,7 @@ class TestPage:
     def test_commands(self, name: str) -> None:
         """They are there, and take the options and arguments that are shown."""
         for program, command, *arguments in JOURNAL.block(name).commands:
-            assert (program, command) == ("aioblobcol", name)
+            assert (program, command) == ("aioblobcol", name.removesuffix("-drop"))
             known = typer.main.get_group(command_line).commands[command]
             context = known.make_context(command, list(arguments))
             assert context.params["app_name"] == "myapp.models:blobs"
@@ -553,6 +553,26 @@ class TestWhatChanges:
 
 
 # --- what else is said -------------------------------------------------------------------------
+
+
+class TestTakingItOut:
+    async def test_in_this_order(self, database: Database) -> None:
+        """Sessions without the journal write, then without triggers; the worker clears the rest."""
+        async with open_world(database, strict=False) as world:
+            async with world.sessions.begin() as session:
+                session.add_all([world.Doc(key=key, body=Blob(b"1")) for key in "abc"])
+            async with world.sessions.begin() as session:
+                await session.delete(await session.get_one(world.Doc, "a"))
+            without = blob_sessionmaker(world.engine, world.store)
+            async with without.begin() as session:
+                (await session.get_one(world.Doc, "b")).body = Blob(b"2")
+            async with world.engine.begin() as connection:
+                await connection.run_sync(world.journal.drop_triggers)
+            async with without.begin() as session:
+                (await session.get_one(world.Doc, "b")).body = Blob(b"3")
+                await session.delete(await session.get_one(world.Doc, "c"))
+
+            assert list((await world.check()).values()) == [b"3"]
 
 
 class TestExplicit:

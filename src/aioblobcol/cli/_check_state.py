@@ -30,7 +30,7 @@ class CheckState:
 
     Attributes:
         path: of the file; None keeps nothing.
-        options: that would make what is left another check.
+        options: that would make what is left another check, among them whose check it is.
     """
 
     path: Path | None
@@ -44,7 +44,8 @@ class CheckState:
         """Read what an earlier check has left, if it has left something.
 
         Raises:
-            UsageError: the file cannot be used, or is of a check with other options.
+            UsageError: the file cannot be used, or is of a check with other options, or of
+                another application or database.
         """
         state = cls(path, options)
         if path is None:
@@ -65,8 +66,8 @@ class CheckState:
         if kept["options"] != options:
             raise UsageError(
                 STATE_OPTION,
-                f"{path} is of a check with other options ({json.dumps(kept['options'])}): repeat "
-                "them, or delete it to begin anew",
+                f"{path} is of a check with other options, or of another application or database "
+                f"({json.dumps(kept['options'])}): repeat them, or delete it to begin anew",
             )
         return state
 

@@ -72,6 +72,7 @@ def load_app(name: str) -> BlobApp:
 class CheckOptions:
     """What the command line asks for, beside the application; see its help."""
 
+    app_name: str
     delete: bool
     min_age: timedelta
     jobs: int
@@ -88,8 +89,7 @@ async def run_check(app: BlobApp, options: CheckOptions, console: Console) -> in
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that knows no "ü" shows it escaped
         sys.stdout.reconfigure(errors="backslashreplace")
-    kept = {"delete": options.delete, "min_age_hours": options.min_age / timedelta(hours=1)}
-    state = CheckState.load(options.state_path, kept)
+    state = CheckState.load(options.state_path, _kept(app, options))
     talk = _Talk(console, as_json=options.as_json)
     if state.is_resumed:
         talk.warn(
@@ -109,6 +109,17 @@ async def run_check(app: BlobApp, options: CheckOptions, console: Console) -> in
         await app.engine.dispose()
     state.remove()
     return wrong
+
+
+def _kept(app: BlobApp, options: CheckOptions) -> Mapping[str, Any]:
+    """Return what a check has to have in common with the one that it takes up; no secrets."""
+    url = app.engine.url.difference_update_query(["password"])
+    return {
+        "app": options.app_name,
+        "database": url.render_as_string(hide_password=True),
+        "delete": options.delete,
+        "min_age_hours": options.min_age / timedelta(hours=1),
+    }
 
 
 async def _warn_of_missing_triggers(app: BlobApp, talk: _Talk) -> None:

@@ -159,6 +159,7 @@ def check_stores(
     2: an option is unusable. 130: interrupted.
     """
     options = CheckOptions(
+        app_name=app_name,
         delete=delete,
         min_age=timedelta(hours=min_age_hours),
         jobs=jobs,

@@ -19,7 +19,8 @@ from ._checking import load_app
 from ._opening import journal_of, opened
 from ._options import AppName, AsJson
 from ._retiring import Retirement, find_table, retire
-from ._scripts import script
+from ._scripts import drop_script, script
+from ._servers import UsageError
 from ._status_report import as_json as status_as_json
 from ._status_report import show_status
 from ._trouble import explaining, print_anything
@@ -140,8 +141,12 @@ def ddl(
     indexes: Annotated[
         bool, typer.Option("--indexes", help="Create the proposed indexes, too.")
     ] = False,
+    drop: Annotated[
+        bool,
+        typer.Option("--drop", help="Take the triggers away; the tables stay for the worker."),
+    ] = False,
 ) -> None:
-    """Print the SQL that installs the journal and its triggers, for any migration tool.
+    """Print the SQL that installs the journal and its triggers, or takes them away.
 
     Run it after the tables with URIs are there, and with --no-table again whenever such columns
     or partitions were added. Indexes on the columns with URIs are proposed in comments.
@@ -149,7 +154,12 @@ def ddl(
     with explaining("ddl"):
         app = load_app(app_name)
         name = dialect or app.engine.dialect.name
-        text = script(journal_of(app), name, with_table=table, with_indexes=indexes)
+        if drop and (indexes or not table):
+            raise UsageError("--drop", "goes with neither --no-table nor --indexes")
+        if drop:
+            text = drop_script(journal_of(app), name)
+        else:
+            text = script(journal_of(app), name, with_table=table, with_indexes=indexes)
     print_anything(encoding="utf-8")  # escapes would change what it means
     typer.echo(text)
 

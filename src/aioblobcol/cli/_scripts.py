@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
+from sqlalchemy.schema import DropTable
 
 from .._journal import proposed_indexes
 from ._servers import UsageError
@@ -30,9 +31,7 @@ def script(journal: Journal, name: str, *, with_table: bool, with_indexes: bool)
     Raises:
         UsageError: there is no journal on this kind of database.
     """
-    if name not in DIALECTS:
-        raise UsageError("--dialect", f"is one of {', '.join(DIALECTS)}, not {name!r}")
-    dialect = DIALECTS[name]()
+    dialect = _dialect(name)
     once = "Once" if with_table else "As often as you like"
     lines = [
         f"-- The journal of aioblobcol. {once}, and after the tables with URIs: {HOW[name]}",
@@ -47,6 +46,34 @@ def script(journal: Journal, name: str, *, with_table: bool, with_indexes: bool)
         lines.append("-- For large tables; the worker asks whether a row names an object:")
         lines += [f"-- {each}" for each in indexes]
     return "\n\n".join(lines)
+
+
+def drop_script(journal: Journal, name: str) -> str:
+    """Return what takes the triggers away, in one transaction; the rest stands in comments.
+
+    Raises:
+        UsageError: there is no journal on this kind of database.
+    """
+    dialect = _dialect(name)
+    tables = [
+        str(DropTable(each).compile(dialect=dialect)) for each in (journal.owners, journal.table)
+    ]
+    rest = [*journal.triggers(dialect).drop_functions(), *tables]
+    lines = [
+        f"-- Takes the journal of aioblobcol away. As often as you like: {HOW[name]}",
+        "BEGIN;",
+        *(_ended(each) for each in journal.drop_ddl(dialect)),
+        "COMMIT;",
+        "-- The tables say what is still to be deleted. Once `aioblobcol status` shows nothing:",
+        *(f"-- {_ended(each)}" for each in rest),
+    ]
+    return "\n\n".join(lines)
+
+
+def _dialect(name: str) -> Any:
+    if name not in DIALECTS:
+        raise UsageError("--dialect", f"is one of {', '.join(DIALECTS)}, not {name!r}")
+    return DIALECTS[name]()
 
 
 def _ended(statement: str) -> str:
