@@ -575,6 +575,43 @@ class TestTakingItOut:
             assert list((await world.check()).values()) == [b"3"]
 
 
+class TestWhatTriggersCannotSee:
+    async def test_columns_that_a_parent_lacks(self, postgres: Database) -> None:
+        """DELETE from the parent retires what its own columns name, from the child everything."""
+        metadata = sa.MetaData()
+        parent, child = (
+            sa.Table(
+                name,
+                metadata,
+                sa.Column("id", sa.Integer, primary_key=True),
+                sa.Column("url", sa.Text),
+            )
+            for name in ("parent", "child")
+        )
+        child.append_column(sa.Column("more", sa.Text))
+        columns = [parent.c.url, child.c.url, child.c.more]
+        store = MemoryStore(bucket=BUCKET, prefix=PREFIX)
+        journal = Journal(metadata, store, uri_columns=columns)
+        uris = [f"s3://{BUCKET}/{PREFIX}/x/id={number:032x}" for number in range(4)]
+        async with postgres.engine.connect() as connection:
+            await connection.run_sync(metadata.create_all)
+            await connection.exec_driver_sql("ALTER TABLE child INHERIT parent")
+            await connection.run_sync(journal.create_triggers)
+            for number, statement in ((0, "DELETE FROM parent"), (2, "DELETE FROM child")):
+                url, more = uris[number : number + 2]
+                for uri in (url, more):
+                    await connection.execute(
+                        sa.insert(journal.table).values(uri=uri, state="staged")
+                    )
+                await connection.execute(sa.insert(child).values(id=1, url=url, more=more))
+                await connection.exec_driver_sql(statement)
+            rows = await connection.execute(sa.select(journal.table.c.uri, journal.table.c.state))
+            found = {uri: state for uri, state in rows}  # noqa: C416 - rows are no pairs for mypy
+
+            assert found == dict.fromkeys([uris[0], *uris[2:]], "retired")
+            await connection.rollback()
+
+
 class TestExplicit:
     async def test_a_block_on_sessions_with_the_journal(self, world: World) -> None:
         """It needs to be told of no journal: the object is staged."""
