@@ -254,7 +254,7 @@ class TestState:
         """Give the state of the checks of these tests."""
         options = {
             "app": "shop_models:blobs",
-            "database": f"sqlite+aiosqlite:///{os.environ['DATABASE']}",
+            "database": f"sqlite+aiosqlite:///{os.environ.get('DATABASE')}",
             "delete": False,
             "min_age_hours": 0.0,
         }
