@@ -31,6 +31,7 @@ from .._journal import (
     tables_with_uris,
 )
 from .._store._base import ListedObject, ObjectInfo, Store, is_owned
+from .._tasks import run_to_end
 from .._uri import is_one_attempt, marker_uri, root_uri
 from ..errors import BlobNotFoundError, InvalidInputError, OwnershipError, StoreError
 from ._findings import Finding, FindingKind
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+CONNECT_SECONDS = 60
 VERIFIED_AT_ONCE = 100
 PROGRESS_EVERY = 1000
 """URIs between two calls of `Check.on_progress`."""
@@ -265,13 +267,19 @@ class Check:
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[AsyncConnection]:
         """Give a connection that sees all rows, or fails."""
-        async with self._engine.connect() as connection:
+        connection = self._engine.connect()
+        try:
+            # to its end: a connection that is cancelled while it is made is closed by nobody
+            await run_to_end(connection.start(), seconds=CONNECT_SECONDS)
             if self._is_postgresql:
                 # each look is to see what is committed by then, whatever the engine's level is
                 await connection.execution_options(isolation_level="READ COMMITTED")
                 # hidden rows would make their objects orphans
                 await connection.execute(text("SET LOCAL row_security = off"))
             yield connection
+        finally:
+            if connection.sync_connection is not None:
+                await connection.close()
 
     @contextlib.asynccontextmanager
     async def _connect_again(self) -> AsyncIterator[AsyncConnection]:
