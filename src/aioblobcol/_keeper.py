@@ -39,7 +39,7 @@ from ._column import (
 from ._connection import is_new_target
 from ._frames import Frames
 from ._greenlet import MissingGreenlet, wait_for
-from ._journal import SETTLE_SECONDS, Staging
+from ._journal import SETTLE_SECONDS, Staging, undo
 from ._ledger import Ledger, Settlement
 from ._placing import Placement, store_of
 from ._rows import Rows
@@ -55,7 +55,7 @@ from ._session import (
 from ._statements import copied_columns
 from ._store._base import DeleteReport, Store
 from ._tasks import run_to_end
-from ._transfer import Attempt, compensate
+from ._transfer import Attempt
 from .errors import (
     BlobSharedError,
     BlobUploadError,
@@ -189,7 +189,7 @@ class Unit:
 
     def _check_alive(self, attempts: Collection[Attempt]) -> None:
         if self.is_settled:
-            wait_for(compensate(list(attempts)))
+            wait_for(undo(list(attempts), self.writer))
             raise UnsafeTransactionError(ENDED_MEANWHILE)
 
     def _forget(self, placements: Collection[Placement], error: BaseException) -> None:

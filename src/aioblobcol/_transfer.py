@@ -32,7 +32,7 @@ from ._tasks import run_to_end, wait_through
 from .errors import BlobUploadError, StoreClosedError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 logger = logging.getLogger("aioblobcol.cleanup")
 
@@ -147,15 +147,7 @@ async def compensate(attempts: Sequence[Attempt]) -> DeleteReport:
         asyncio.CancelledError: after the deletes were carried out.
     """
     expect_late(attempts)
-    uris: dict[int, list[str]] = {}
-    for attempt in attempts:
-        uris.setdefault(id(attempt.store), []).append(attempt.uri)
-    stores = {id(attempt.store): attempt.store for attempt in attempts}
-    if not stores:
-        return DeleteReport()
-    work = [(store, uris[key]) for key, store in stores.items()]
-    seconds = max(store.request_seconds for store in stores.values())
-    return await run_to_end(_delete_everywhere(work), seconds=2 * seconds)
+    return await delete_everywhere({attempt.uri: attempt.store for attempt in attempts})
 
 
 def expect_late(attempts: Sequence[Attempt]) -> None:
@@ -181,6 +173,21 @@ async def delete_all(store: Store, uris: Collection[str]) -> DeleteReport:
     if not mine:
         return DeleteReport(kept=kept)
     return await run_to_end(_delete(store, mine, kept), seconds=2 * store.request_seconds)
+
+
+async def delete_everywhere(uris: Mapping[str, Store]) -> DeleteReport:
+    """Do what `delete_all` does in all stores at once; of each URI its store is given.
+
+    Raises:
+        asyncio.CancelledError: after the deletes were carried out.
+    """
+    work: dict[int, tuple[Store, list[str]]] = {}
+    for uri, store in uris.items():
+        work.setdefault(id(store), (store, []))[1].append(uri)
+    if not work:
+        return DeleteReport()
+    seconds = max(store.request_seconds for store, _ in work.values())
+    return await run_to_end(_delete_each(list(work.values())), seconds=2 * seconds)
 
 
 async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]:
@@ -276,7 +283,7 @@ def _divided(store: Store, uris: Collection[str]) -> tuple[list[str], dict[str, 
     return mine, {uri: FOREIGN for uri in unique if not is_owned(store, uri)}
 
 
-async def _delete_everywhere(work: Sequence[tuple[Store, list[str]]]) -> DeleteReport:
+async def _delete_each(work: Sequence[tuple[Store, list[str]]]) -> DeleteReport:
     reports = await asyncio.gather(
         *(_delete(store, *_divided(store, uris)) for store, uris in work)
     )

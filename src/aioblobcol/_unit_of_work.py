@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
 from ._claims import ABORTED, Claims, probe
 from ._cleaning import clean_up
-from ._journal import Staging
+from ._journal import SETTLE_SECONDS, Staging, undo
 from ._keeper import Unit, keeper_of
 from ._ledger import Settlement
 from ._managed import managing_keeper
@@ -32,7 +32,6 @@ from .aws_s3 import (
     PutS3Result,
     delete_s3,
     put_row,
-    undo,
 )
 from .errors import (
     BlobUploadError,
@@ -256,7 +255,7 @@ class BlobTransaction:
         for attempt in result._attempts:
             claims.attempts[attempt.uri] = attempt
         if self._is_left or self.outcome is not None:  # a task of its own nobody waited for
-            await undo(result)
+            await undo(result._attempts, claims.writer)
             result._life.settled = "its block was left before it was uploaded"
             raise ResultSpentError("the blob_transaction() was left while put_s3() was running")
         return result
@@ -333,7 +332,8 @@ class BlobTransaction:
     def _settle_seconds(self, claims: Claims) -> float:
         """Return the sum of the bounds of what `_settle` does."""
         requests = max((store.request_seconds for store in claims.stores.values()), default=0.0)
-        return 3 * self._commit_seconds + 3 * requests
+        journal = 0 if claims.writer is None else 2 * SETTLE_SECONDS
+        return 3 * self._commit_seconds + 3 * requests + journal
 
     async def _settle(self, claims: Claims, error: BaseException | None) -> None:
         """Roll back what is left, judge, and delete what may be deleted. Raises nothing."""

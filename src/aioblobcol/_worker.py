@@ -23,6 +23,7 @@ from ._journal import (
     Entries,
     Journal,
     OwnershipState,
+    begin_read_committed,
     check_ownership,
     lag_of,
     warn_of_missing_triggers,
@@ -32,9 +33,9 @@ from ._tasks import run_to_end
 from .errors import InvalidInputError, StoreClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 logger = logging.getLogger("aioblobcol.worker")
 
@@ -134,7 +135,7 @@ class Worker:
         states = await check_ownership(self._journal, self._engine, claims=True)
         left_out = {name: s for name, s in states.items() if s is not OwnershipState.AGREED}
         stores = [each for name, each in self._journal.stores.items() if name not in left_out]
-        async with self._begin() as connection:
+        async with begin_read_committed(self._engine) as connection:
             if time.monotonic() >= self._looks_again:
                 await warn_of_missing_triggers(self._journal, connection)
                 self._looks_again = time.monotonic() + LOOKS_EVERY_SECONDS
@@ -160,7 +161,7 @@ class Worker:
         Raises:
             SQLAlchemyError, OSError: the database could not be asked.
         """
-        async with self._begin() as connection:
+        async with begin_read_committed(self._engine) as connection:
             return await lag_of(connection, self._journal)
 
     async def drain(self, stop: asyncio.Event | None = None) -> list[WorkReport]:
@@ -220,20 +221,11 @@ class Worker:
         if self._on_round is not None:
             self._on_round(report)
 
-    @contextlib.asynccontextmanager
-    async def _begin(self) -> AsyncIterator[AsyncConnection]:
-        """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        async with self._engine.connect() as connection:
-            if self._engine.dialect.name == "postgresql":
-                await connection.execution_options(isolation_level="READ COMMITTED")
-            async with connection.begin():
-                yield connection
-
     async def _carry_out(self, claim: str, condemned: Sequence[Condemned]) -> WorkReport:
         report = await self._delete([each.uri for each in condemned])
         known = {each.uri: each for each in condemned}
         deleted = [each for each in condemned if each.uri not in report.failed]
-        async with self._begin() as connection:
+        async with begin_read_committed(self._engine) as connection:
             removed = await self._entries.forget(
                 connection, deleted, claim=claim, quarantine=self._quarantine
             )

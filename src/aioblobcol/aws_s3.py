@@ -23,13 +23,12 @@ from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, Table, and_, true
 
-from ._journal import LEFT_TO_WORKER, Journal, JournalWriter, Staging
+from ._journal import LEFT_TO_WORKER, Journal, JournalWriter, Staging, undo
 from ._sources import BlobSource, Payload, check_source, read_payloads
 from ._store._base import DeleteReport, ObjectInfo, PutRequest, Store, owned_uris
 from ._store._metadata import encode_metadata
 from ._store._s3 import S3Store, drain
-from ._tasks import run_to_end
-from ._transfer import Attempt, Upload, compensate, delete_all, head_all, prepared
+from ._transfer import Attempt, Upload, delete_all, head_all, prepared
 from ._uri import (
     PrimaryKey,
     UploadedUri,
@@ -226,7 +225,7 @@ class PutS3Result:
             asyncio.CancelledError: after the deletes were carried out.
         """
         self._life.settle("the row was not written")
-        return await undo(self)
+        return await undo(self._attempts, self._writer)
 
     async def clean_up_old_s3_object_when_update_row_succeeded(self) -> DeleteReport:
         """Delete the replaced objects, because the transaction was certainly committed.
@@ -359,21 +358,6 @@ async def put_s3(
     )
 
 
-async def undo(result: PutS3Result) -> DeleteReport:
-    """Delete what a result has made; see `compensate`."""
-    if result._writer is None:
-        return await compensate(result._attempts)
-    return await _settle_attempts(result._writer, result._attempts)
-
-
-async def _settle_attempts(writer: JournalWriter, attempts: Sequence[Attempt]) -> DeleteReport:
-    """Condemn and delete what *attempts* have made, although the caller is cancelled meanwhile."""
-    unneeded = {attempt.uri: attempt.store for attempt in attempts}
-    late = [attempt.uri for attempt in attempts if attempt.may_land_late]
-    seconds = max((store.request_seconds for store in unneeded.values()), default=60.0)
-    return await run_to_end(writer.settle(unneeded, unanswered=late), seconds=60 + 2 * seconds)
-
-
 async def _upload_alone(writer: JournalWriter | None, uploads: Sequence[Upload]) -> list[Attempt]:
     """Upload outside of any session; what was staged for nothing is condemned."""
     staging = Staging(writer)
@@ -385,7 +369,7 @@ async def _upload_alone(writer: JournalWriter | None, uploads: Sequence[Upload])
             attempts = [
                 Attempt(each.store, each.column, each.uri, may_land_late=True) for each in uploads
             ]
-            await _settle_attempts(writer, attempts)
+            await undo(attempts, writer)
         raise
 
 

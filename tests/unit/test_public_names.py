@@ -48,7 +48,7 @@ SEED_METHODS = [
     "clean_up_old_s3_object_when_update_row_succeeded",
 ]
 # of `blob_transaction`, which shares them; no user's
-FAMILY = {"put_row", "undo", "why_kept", "OnAttempt"}
+FAMILY = {"put_row", "why_kept", "OnAttempt"}
 
 
 def defined_in(module: ModuleType) -> set[str]:

@@ -38,6 +38,7 @@ from ._columns import JournaledTable
 from ._due import database_time, is_condemnable, is_unadopted, is_under
 
 if TYPE_CHECKING:
+    from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from .._store._base import Store
@@ -320,9 +321,8 @@ class Entries:
         It is entered first, so that nobody can adopt it any more, and then the rows are asked
         again. If it returns False, the caller rolls back.
         """
-        values = {"uri": uri, "state": "deleting"}
-        entered = await connection.execute(self._insert_new(), values)
-        return entered.rowcount == 1 and not await self._named_by_rows(connection, [uri])
+        is_entered = bool(await self._enter(connection, [uri]))
+        return is_entered and not await self._named_by_rows(connection, [uri])
 
     async def staged(self, connection: AsyncConnection, uris: Sequence[str]) -> list[str]:
         """Return those of *uris* that are staged."""
@@ -377,9 +377,7 @@ class Entries:
         return [each for each in tables if format_table(each.table) in there]
 
     def _insert_new(self) -> Any:
-        """Return an INSERT that leaves alone what is listed already."""
-        dialect: Any = sqlite if self._is_sqlite else postgresql
-        return dialect.insert(self._table).on_conflict_do_nothing()
+        return insert_new(self._table, self._dialect_name)
 
     async def _remove(
         self, connection: AsyncConnection, uris: Collection[str], *conditions: ColumnElement[bool]
@@ -401,6 +399,12 @@ class Entries:
     def _after(self, delay: timedelta) -> ColumnElement[Any]:
         """Return the database's time, so much later."""
         return database_time(self._dialect_name, delay)
+
+
+def insert_new(table: Table, dialect_name: str) -> Any:
+    """Return an INSERT that leaves alone what is there already."""
+    dialect: Any = sqlite if dialect_name == "sqlite" else postgresql
+    return dialect.insert(table).on_conflict_do_nothing()
 
 
 async def named_by_rows(

@@ -98,12 +98,9 @@ class OwnEngines:
 
     @contextlib.asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
-        """Begin a transaction that sees what is committed, whatever the engine's level is."""
-        async with self.here.settling.connect() as connection:
-            if not self._is_sqlite:
-                await connection.execution_options(isolation_level="READ COMMITTED")
-            async with connection.begin():
-                yield connection
+        """Begin a transaction that sees what is committed, on a connection of our own."""
+        async with begin_read_committed(self.here.settling) as connection:
+            yield connection
 
     def _make(self) -> AsyncEngine:
         pool = pool_like(self._origin.pool, at_least=CONNECTIONS)
@@ -120,6 +117,16 @@ class OwnEngines:
         for loop, side in sides.items():
             for engine in {side.staging, side.settling}:
                 engine.sync_engine.dispose(close=loop is here)
+
+
+@contextlib.asynccontextmanager
+async def begin_read_committed(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Begin a transaction that sees what is committed, whatever the engine's level is."""
+    async with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            await connection.execution_options(isolation_level="READ COMMITTED")
+        async with connection.begin():
+            yield connection
 
 
 def _be_impatient(dbapi_connection: Any, _record: object) -> None:

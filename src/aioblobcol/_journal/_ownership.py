@@ -25,13 +25,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, DateTime, MetaData, Table, Text, delete, func, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Engine
 
 from .._sources import Payload
 from .._store._base import PutRequest, Store, put_seconds
 from .._uri import marker_uri, root_uri
 from ..errors import BlobNotFoundError, OwnershipError, StoreError
+from ._entries import insert_new
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -227,7 +227,9 @@ async def disown(journal: Journal, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         for store in journal.stores.values():
             root = root_uri(store.bucket, store.prefix)
-            await connection.execute(_insert_new(connection, journal.owners), {"root": root})
+            await connection.execute(
+                insert_new(journal.owners, connection.dialect.name), {"root": root}
+            )
             await connection.execute(
                 update(journal.owners)
                 .where(journal.owners.c.root == root)
@@ -357,7 +359,7 @@ async def _claim(
         is_this = table.c.root == values["root"]
         if anew:
             await connection.execute(delete(table).where(is_this))
-        await connection.execute(_insert_new(connection, table), values)
+        await connection.execute(insert_new(table, connection.dialect.name), values)
         identity = await connection.scalar(select(table.c.identity).where(is_this))
     if identity is None:  # given up meanwhile
         return OwnershipState.DISOWNED
@@ -375,12 +377,6 @@ async def _put_marker(store: Store, identity: str) -> None:
     uri = marker_uri(store.bucket, store.prefix)
     async with asyncio.timeout(put_seconds(store, len(body))):
         await store.put(PutRequest("owner", uri, payload, {}))
-
-
-def _insert_new(connection: AsyncConnection, table: Table) -> Any:
-    """Return an INSERT that leaves alone what is there already."""
-    dialect: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return dialect.insert(table).on_conflict_do_nothing()
 
 
 __all__ = [

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._transfer import upload_each
+from .._store._base import DeleteReport
+from .._tasks import run_to_end
+from .._transfer import compensate, upload_each
+from ._writer import SETTLE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,10 +61,27 @@ class Staging:
         writer = self._writer
         if writer is None or not uploads:
             return await upload_each(uploads)
-        uris = [upload.uri for upload in uploads]
         if self._is_inside:  # nobody else sees it yet, and nobody else may write
             return await upload_each(uploads)
+        uris = [upload.uri for upload in uploads]
         self.is_begun = True
         await writer.stage(uris)
         async with writer.renewing(uris):
             return await upload_each(uploads)
+
+
+async def undo(attempts: Sequence[Attempt], writer: JournalWriter | None) -> DeleteReport:
+    """Delete what *attempts* may have stored, through the journal if there is one.
+
+    Also while the caller is cancelled; storage trouble is reported. See `compensate`.
+
+    Raises:
+        asyncio.CancelledError: after the deletes were carried out.
+    """
+    if writer is None:
+        return await compensate(attempts)
+    unneeded = {attempt.uri: attempt.store for attempt in attempts}
+    late = [attempt.uri for attempt in attempts if attempt.may_land_late]
+    seconds = max((store.request_seconds for store in unneeded.values()), default=60.0)
+    settling = writer.settle(unneeded, unanswered=late)
+    return await run_to_end(settling, seconds=SETTLE_SECONDS + 2 * seconds)

@@ -4,9 +4,11 @@ Both run on connections of the journal's own. On SQLite, whose one write lock th
 transaction may hold or want, staging goes through the session's connection as soon as it is in a
 transaction, and is not durable before that one's COMMIT.
 
-Invariants: an object is staged before it can exist; it is deleted only once its entry is
-``deleting``, and that only if the entry was there, or no row names the object. What cannot be
-asked or deleted is left to the worker.
+Invariants: an object is staged before it can exist; once its act of uploading has succeeded, it
+is deleted only after its entry is ``deleting``, and that only if the entry was there, or no row
+names the object. (An act that fails undoes its uploads itself, before anybody has their URIs.)
+What cannot be asked or deleted is left to the worker; but on SQLite, where an entry may have gone
+with its transaction, an object of a certain rollback is deleted although nobody can be asked.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sqlalchemy.engine import Engine
 
 from .._connection import held_connections
 from .._store._base import DeleteReport, is_owned
-from .._transfer import delete_all
+from .._transfer import delete_everywhere
 from .._uri import is_one_attempt
 from ..errors import InvalidInputError, JournalError, Outcome, UnsafeTransactionError
 from ._entries import Condemned, Entries, Unneeded
@@ -258,7 +260,8 @@ class JournalWriter:
         except Exception as exc:
             logger.warning("left to the journal's worker: %s", ", ".join(unneeded), exc_info=exc)
             if self._is_sqlite and not is_doubtful and not found.condemned:
-                return await _delete(unneeded), found  # the entries went with the transaction
+                # the entries went with the transaction
+                return await delete_everywhere(unneeded), found
             reason = f"left to the journal's worker: {type(exc).__name__}: {exc}"
             return DeleteReport(failed=dict.fromkeys(unneeded, reason)), found
 
@@ -281,7 +284,7 @@ class JournalWriter:
         kept = {uri: NOT_CONDEMNED for uri in stores if uri not in mine}
         if not condemned:
             return DeleteReport(kept=kept)
-        report = await _delete({each.uri: stores[each.uri] for each in condemned})
+        report = await delete_everywhere({each.uri: stores[each.uri] for each in condemned})
         deleted = [each for each in condemned if each.uri not in report.failed]
         failed = {
             each.uri: (each, report.failed[each.uri])
@@ -362,21 +365,6 @@ def _with_uris(sql: str, table: Table, dialect: Dialect) -> TextClause:
     statement = text(sql.format(entries=dialect.identifier_preparer.format_table(table)))
     type_: Any = Text if dialect.name == "sqlite" else ARRAY(Text)
     return statement.bindparams(bindparam("uris", type_=type_))
-
-
-async def _delete(uris: Mapping[str, Store]) -> DeleteReport:
-    """Delete objects of all stores at once."""
-    stores = {id(store): store for store in uris.values()}
-    reports = await asyncio.gather(
-        *(
-            delete_all(store, [uri for uri, its in uris.items() if its is store])
-            for store in stores.values()
-        )
-    )
-    whole = DeleteReport()
-    for report in reports:
-        whole = whole.merged_with(report)
-    return whole
 
 
 def _is_in_memory(engine: Engine) -> bool:

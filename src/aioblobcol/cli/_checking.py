@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import sys
 import time
@@ -34,6 +33,7 @@ from .._check import Check, Finding, FindingKind
 from .._uri import root_uri
 from ._check_state import CheckState
 from ._servers import UsageError
+from ._trouble import print_anything
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,8 +87,7 @@ async def run_check(app: BlobApp, options: CheckOptions, console: Console) -> in
         UsageError: the state file cannot be used.
         StoreError, SQLAlchemyError, RuntimeError: as `Check.findings`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that knows no "ü" shows it escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_anything()
     state = CheckState.load(options.state_path, _kept(app, options))
     talk = _Talk(console, as_json=options.as_json)
     if state.is_resumed:
