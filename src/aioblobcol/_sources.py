@@ -31,6 +31,21 @@ class AsyncReadable(Protocol):
         """Return *size* bytes at most, ``b""`` at the end."""
 
 
+class OnProgress(Protocol):
+    """Told how far a transfer is, in the event loop: once per part, or per chunk that was read.
+
+    It should return at once. What it raises fails the transfer.
+    """
+
+    def __call__(self, done_bytes: int, total_bytes: int | None, /) -> None:
+        """Take notice.
+
+        Args:
+            done_bytes: of this blob, sent or received; never falls within one attempt.
+            total_bytes: of this blob; None if nobody knows it.
+        """
+
+
 READ_PIECE_BYTES = 2**20
 MAX_PUT_BYTES = 5 * 2**30
 """Source: Amazon S3 User Guide, "Uploading objects" (one PUT: 5 GiB)."""
@@ -59,6 +74,23 @@ class Payload:
     def size(self) -> int:
         """Length in bytes."""
         return len(self.body)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a large object.
+
+    Attributes:
+        number: from 1 on.
+        pieces: its bytes, in this order.
+        size: of all pieces together, in bytes.
+        crc32: of all pieces together, as an unsigned integer.
+    """
+
+    number: int
+    pieces: Sequence[bytes | memoryview] = dataclasses.field(repr=False)
+    size: int
+    crc32: int
 
 
 def check_source(source: object, *, column: str) -> int:

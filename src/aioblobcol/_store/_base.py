@@ -26,7 +26,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from .._sources import Payload
+from .._sources import Part, Payload
 from .._tasks import Background, run_to_end
 from .._uri import root_uri
 from ..errors import CleanUpError, ForeignUriError, InvalidInputError, StoreClosedError
@@ -74,6 +74,100 @@ class PutRequest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class WriteRequest:
+    """One object that is written part by part; see `Store.open_writer`.
+
+    Attributes:
+        column: the column's name.
+        uri: the new object.
+        metadata: as it stands in the headers, see `encode_metadata`.
+        arguments: named as those of ``put_object``; what a multipart upload does not take is
+            left out.
+        size: in bytes; None if nobody knows it yet.
+    """
+
+    column: str
+    uri: str
+    metadata: Mapping[str, str]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a store can do beyond what every store does.
+
+    Attributes:
+        parts_at_once: how many calls of a writer's ``write`` it takes at the same time; with 1
+            the store sends several parts at once by itself, and holds as many as
+            ``parts_held``.
+        parts_held: how many parts a writer keeps in memory after ``write`` has returned.
+        whole_checksum: a large object's CRC32 is sent, and compared by the server.
+        put_arguments: it takes any argument of ``put_object``; otherwise ``ContentType`` and
+            what its documentation names.
+        if_match: a read can be tied to the version that another one has seen.
+        presigned_get: `presign` works.
+        presigned_post: a browser can upload by itself.
+        versions: the bucket can keep old versions.
+        tags: objects can have tags.
+        uploads: incomplete uploads can be listed and aborted.
+    """
+
+    parts_at_once: int = 1
+    parts_held: int = 0
+    whole_checksum: bool = False
+    put_arguments: bool = False
+    if_match: bool = False
+    presigned_get: bool = False
+    presigned_post: bool = False
+    versions: bool = False
+    tags: bool = False
+    uploads: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IncompleteUpload:
+    """Parts of an object that was neither completed nor aborted; they cost storage.
+
+    Attributes:
+        uri: what the object would be.
+        upload_id: the server's name for the upload.
+        started_at: aware, in UTC; None if the server does not say.
+    """
+
+    uri: str
+    upload_id: str
+    started_at: datetime | None = None
+
+
+class ObjectWriter(Protocol):
+    """An object that is being written, inside of the ``async with`` that opened it.
+
+    Nothing is visible before the block is left without an error.
+    """
+
+    @property
+    def upload_id(self) -> str | None:
+        """The server's name for the upload; None where there is none."""
+
+    async def write(self, part: Part) -> None:
+        """Send one part; all but the last are of `part_bytes`' size.
+
+        May be called for several parts at once, see `Capabilities.parts_at_once`; their numbers
+        tell the order.
+
+        Raises:
+            StoreError: it could not be sent; the block has to be left with the error.
+        """
+
+    def finish(self, crc32: int) -> None:
+        """Say that all parts were written, and what the CRC32 of the whole is.
+
+        A block that is left without it, or before it, aborts the upload.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class CopyRequest:
     """One object to be copied by the server; its bytes do not travel.
 
@@ -111,6 +205,13 @@ class ObjectInfo:
     content_type: str | None = None
     modified_at: datetime | None = None
     etag: str | None = None
+
+
+class ByteRange(NamedTuple):
+    """Bytes of an object, from ``start`` up to and without ``stop``; ``stop`` None: to its end."""
+
+    start: int
+    stop: int | None = None
 
 
 class ListedObject(NamedTuple):
@@ -216,6 +317,10 @@ class Store(Protocol):
             StoreClosedError: it is not open.
         """
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond the verbs that every store has."""
+
     def check_put(self, request: PutRequest) -> None:
         """Refuse what ``put`` would refuse, before anything is sent.
 
@@ -228,6 +333,17 @@ class Store(Protocol):
 
         Raises:
             StoreError: ``may_have_taken_effect`` tells whether the object may be there.
+        """
+
+    def open_writer(self, request: WriteRequest) -> AbstractAsyncContextManager[ObjectWriter]:
+        """Write one object part by part: completed on leaving the block, aborted on an error.
+
+        An abort is carried out although the caller is cancelled meanwhile, and so is a
+        completion that was sent. What the abort itself fails with is logged.
+
+        Raises:
+            StoreError: on entering, or on leaving; ``may_have_taken_effect`` tells whether the
+                object may be there.
         """
 
     async def copy(self, request: CopyRequest) -> bool:
@@ -247,11 +363,20 @@ class Store(Protocol):
             StoreError: it could not be read.
         """
 
-    def open(self, uri: str) -> AbstractAsyncContextManager[ObjectReader]:
-        """Read one object chunk by chunk; leaving the block ends the request.
+    def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AbstractAsyncContextManager[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk; leaving the block ends the request.
+
+        Args:
+            uri: the object.
+            part: which bytes; all by default. The reader's ``info.size`` is the whole object's.
+            etag: read it only if it is still this version (`ObjectInfo.etag`), where the store
+                has ``capabilities.if_match``.
 
         Raises:
             BlobNotFoundError: it is not there; raised on entering.
+            BlobChangedError: it is another version than *etag*; raised on entering.
             StoreError: it could not be read; also while its chunks are read.
         """
 
@@ -269,6 +394,22 @@ class Store(Protocol):
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects; failures are in the report. ``uris`` were checked by `owned_uris`."""
+
+    def iter_uploads(self) -> AsyncGenerator[IncompleteUpload, None]:
+        """List what was neither completed nor aborted under the prefix.
+
+        Nothing where ``capabilities.uploads`` is False.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+        """
+
+    async def abort_uploads(self, uris: Sequence[str]) -> None:
+        """Abort what is incomplete of these objects, so that it cannot be completed any more.
+
+        Raises:
+            StoreError: one could not be aborted.
+        """
 
     def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix."""
