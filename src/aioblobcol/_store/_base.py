@@ -45,10 +45,6 @@ most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
 
 READ_CHUNK_BYTES = 256 * 1024
 
-PART_BYTES = 8 * 2**20
-"""Larger objects are written in parts of this size at least (measured: larger parts are not faster,
-smaller ones cost more requests). S3 takes no part below 5 MiB, but the last."""
-
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
 """A default: 32 parts, as many as there are slots."""
 

@@ -24,13 +24,12 @@ from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from .._sources import HASH_INLINE_BYTES, Payload
+from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
 from ._base import (
     DESCRIBING_ARGUMENTS,
     MAX_BYTES_IN_FLIGHT,
-    PART_BYTES,
     Capabilities,
     CopyRequest,
     DeleteReport,
