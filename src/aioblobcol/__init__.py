@@ -5,13 +5,13 @@ transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
 from ._app import BlobApp
-from ._blob import Blob, open_blob
+from ._blob import Blob, download_blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
 from ._journal import Journal, OwnershipState
 from ._managed import blob_report, blob_sessionmaker, enlist, track_blobs, upload_blobs
-from ._status import JournalStatus, ParkedObject, StateStatus, journal_status
 from ._sources import OnProgress
+from ._status import JournalStatus, ParkedObject, StateStatus, journal_status
 from ._store._base import Capabilities, DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
 from ._unit_of_work import BlobTransaction, blob_transaction
@@ -115,6 +115,7 @@ __all__ = [
     "blob_sessionmaker",
     "blob_transaction",
     "delete_s3",
+    "download_blob",
     "enlist",
     "guard",
     "journal_status",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,8 @@ from urllib.parse import quote, urlencode
 
 from .._store._base import (
     DESCRIBING_ARGUMENTS,
+    ByteRange,
+    Capabilities,
     CopyRequest,
     DeleteReport,
     ListedObject,
@@ -24,6 +26,7 @@ from .._store._base import (
     ObjectReader,
     PutRequest,
     Runtime,
+    check_part,
     is_owned,
     owned_uris,
 )
@@ -31,6 +34,7 @@ from .._store._metadata import decode_metadata
 from .._store._presign import content_disposition, expiry_seconds
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
+    BlobChangedError,
     BlobNotFoundError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -43,15 +47,18 @@ if TYPE_CHECKING:
     from typing import Self
 
 Operation = Literal["put", "copy", "get", "head", "presign", "delete"]
-Stage = Literal["before", "after"]
+Stage = Literal["before", "during", "after"]
+
+
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
     """A moment of one request: ``before`` it takes effect, or ``after``, with no answer yet.
 
-    A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``after`` comes
-    when its last chunk was read.
+    A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``during``
+    comes between any two of its chunks, and ``after`` when its last one was read.
     """
 
     operation: Operation
@@ -61,7 +68,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What the store holds of one object; metadata as it was sent."""
+    """What the store holds of one object; metadata as it was sent.
+
+    Each one has an ETag of its own, also where its bytes are those of another one.
+    """
 
     body: bytes
     metadata: Mapping[str, str]
@@ -69,6 +79,7 @@ class StoredObject:
     modified_at: datetime = dataclasses.field(
         default_factory=lambda: datetime.now(timezone.utc), compare=False
     )
+    etag: str = dataclasses.field(default_factory=lambda: f'"{next(_numbers):032x}"', compare=False)
 
 
 @dataclasses.dataclass(slots=True)
@@ -143,6 +154,11 @@ class MemoryStore:
             self._runtime = None
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond the verbs that every store has."""
+        return Capabilities(if_match=True, put_arguments=True, presigned_get=True)
+
+    @property
     def runtime(self) -> Runtime:
         """What lives while the store is open.
 
@@ -168,11 +184,12 @@ class MemoryStore:
 
         Args:
             operation: which ones.
-            stage: ``before`` they take effect, or ``after`` (the answer is lost).
+            stage: ``before`` they take effect, ``during`` a reading (the connection is lost
+                between two chunks), or ``after`` (the answer is lost).
             containing: only URIs with this text.
             times: how often; always by default.
             error: makes the error from operation and URI. By default a definite refusal
-                ``before``, and an unanswered request ``after``.
+                ``before``, and an unanswered request else.
         """
         left = [times]
 
@@ -185,6 +202,8 @@ class MemoryStore:
                 left[0] -= 1
             if error is not None:
                 raise error(operation, step.uri)
+            if stage == "during":
+                raise StoreUnavailableError(operation, step.uri, "it broke off (injected)")
             if stage == "after":
                 raise StoreUnavailableError(operation, step.uri, "the answer was lost (injected)")
             raise StoreError(operation, step.uri, "InvalidRequest (injected)")
@@ -246,15 +265,26 @@ class MemoryStore:
         return stored.body
 
     @contextlib.asynccontextmanager
-    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
-        """Read one object chunk by chunk, as it is at this moment."""
+    async def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AsyncIterator[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk, as it is at this moment."""
+        if part is not None:
+            check_part(part)
+        start, stop = part or ByteRange(0)
         self._note("get", [uri])
         await self._step("get", "before", uri)
         stored = self._found("get", uri)
-        body = io.BytesIO(stored.body)
+        if etag is not None and etag != stored.etag:
+            raise BlobChangedError("get", uri, f"it is {stored.etag}, not {etag}")
+        position, end = start, len(stored.body) if stop is None else min(stop, len(stored.body))
 
         async def read_chunk(size: int) -> bytes:
-            chunk = body.read(size)
+            nonlocal position
+            if start < position < end:
+                await self._step("get", "during", uri)
+            chunk = stored.body[position : min(position + size, end)]
+            position += len(chunk)
             if not chunk:
                 await self._step("get", "after", uri)
             return chunk
@@ -360,6 +390,7 @@ def _info(uri: str, stored: StoredObject) -> ObjectInfo:
         decode_metadata(stored.metadata),
         content_type=stored.arguments.get("ContentType"),
         modified_at=stored.modified_at,
+        etag=stored.etag,
     )
 
 
