@@ -18,7 +18,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ._sources import BlobSource, OnProgress, check_source, is_async_source, is_binary_file
+from ._download import byte_range, download_object, open_object, read_object
+from ._sources import (
+    PART_BYTES,
+    BlobSource,
+    OnProgress,
+    check_source,
+    is_async_source,
+    is_binary_file,
+)
 from ._store._metadata import encode_metadata
 from ._streams import ReadOnce
 from ._uri import split_s3_uri
@@ -78,7 +86,8 @@ class Blob:
 
     A loaded blob knows its store: the session binds it by the column's store name when it
     loads the row, and it can be read after the session is closed. One that came another way (a
-    plain session, ``select(Task.html)``, a pickle, `from_uri`) is read with `open_blob`.
+    plain session, ``select(Task.html)``, a pickle, `from_uri`) is read with `open_blob` or
+    `download_blob`.
     """
 
     __slots__ = (
@@ -254,25 +263,85 @@ class Blob:
 
     # --- what it does
 
-    async def read(self) -> bytes:
-        """Return the whole object.
+    async def read(self, *, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the object's bytes, or a part of them.
+
+        A connection that breaks off is replaced by one that reads on where it stopped. Of the
+        whole object size and checksum are compared with what was stored.
+
+        Args:
+            start: the first byte.
+            stop: the one after the last; to the end by default. What lies beyond it is left out.
 
         Raises:
             BlobNotUploadedError: there is none yet.
             BlobUnboundError: it does not know its store.
+            InvalidInputError: a negative number, or a stop before the start; nothing was sent.
             BlobNotFoundError: it is gone: the row was replaced or deleted since.
+            BlobChangedError: somebody has overwritten it while it was read.
+            BlobCorruptedError: it is not what was stored.
             StoreError: it could not be read.
         """
-        return await self._bound().get(self.uri)
+        facts = self._facts
+        return await read_object(
+            self._bound(),
+            self.uri,
+            part=byte_range(start, stop),
+            size=facts.size,
+            sha256=facts.sha256,
+        )
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[ObjectReader]:
+    async def open(
+        self,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        parts_at_once: int = 1,
+        on_progress: OnProgress | None = None,
+    ) -> AsyncIterator[ObjectReader]:
         """Stream the object: ``async with blob.open() as body: async for chunk in body: ...``.
 
-        Leaving the block early closes the connection. Errors are those of `read`.
+        Nothing is read ahead of the loop but what the connection holds. Leaving the block early
+        closes the connection. A checksum that differs is an error after the last chunk: what
+        must not be used unverified is not used before the loop has ended.
+
+        Args:
+            start: the first byte.
+            stop: the one after the last; to the end by default.
+            parts_at_once: with more than one, so many parts of 8 MiB are read at the same time,
+                ahead of the loop, and kept in memory; they come in order.
+            on_progress: told of every chunk.
+
+        Errors are those of `read`; those of the checksum and of the connection come from the
+        loop.
         """
-        async with self._bound().open(self.uri) as body:
+        store, uri = self._bound(), self.uri
+        async with open_object(
+            store,
+            uri,
+            part=byte_range(start, stop),
+            size=self._facts.size,
+            sha256=self._facts.sha256,
+            parts_at_once=parts_at_once,
+            on_progress=on_progress,
+        ) as body:
             yield body
+
+    async def download_to(
+        self,
+        path: Path | str,
+        *,
+        on_progress: OnProgress | None = None,
+        parts_at_once: int = 8,
+    ) -> ObjectInfo:
+        """Write the object into a file, and describe it; see `download_blob`.
+
+        Errors are those of `read`, and OSError if the file could not be written.
+        """
+        return await download_blob(
+            self._bound(), self, path, on_progress=on_progress, parts_at_once=parts_at_once
+        )
 
     async def stat(self) -> ObjectInfo:
         """Ask S3 about the object: size, content type, metadata (one HEAD).
@@ -412,7 +481,15 @@ class Blob:
 
 
 @contextlib.asynccontextmanager
-async def open_blob(store: Store, blob: Blob | str) -> AsyncIterator[ObjectReader]:
+async def open_blob(
+    store: Store,
+    blob: Blob | str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    parts_at_once: int = 1,
+    on_progress: OnProgress | None = None,
+) -> AsyncIterator[ObjectReader]:
     """Stream an object from *store*: for blobs that do not know their own, and for plain URIs.
 
     ::
@@ -423,13 +500,28 @@ async def open_blob(store: Store, blob: Blob | str) -> AsyncIterator[ObjectReade
     Args:
         store: open.
         blob: stored, or an ``s3://bucket/key``.
+        start: the first byte.
+        stop: the one after the last; to the end by default.
+        parts_at_once: as of `Blob.open`.
+        on_progress: told of every chunk.
 
     Raises:
         BlobNotUploadedError: the blob is pending.
         InvalidS3UriError: not an S3 URI.
-        BlobNotFoundError, StoreError: on entering or while reading.
+        InvalidInputError: a negative number, or a stop before the start; nothing was sent.
+        BlobNotFoundError, BlobChangedError, BlobCorruptedError, StoreError: on entering or while
+            reading, as of `Blob.read`.
     """
-    async with store.open(blob.uri if isinstance(blob, Blob) else blob) as body:
+    uri, facts = _named(blob)
+    async with open_object(
+        store,
+        uri,
+        part=byte_range(start, stop),
+        size=facts.size,
+        sha256=facts.sha256,
+        parts_at_once=parts_at_once,
+        on_progress=on_progress,
+    ) as body:
         yield body
 
 
@@ -444,6 +536,59 @@ def check_declared(declared: int, known: int | None) -> None:
         raise InvalidInputError(f"size is a number of bytes, not {declared!r}")
     if known is not None and known != declared:
         raise SizeMismatchError(f"{known} bytes are here, {declared} were declared")
+
+
+async def download_blob(
+    store: Store,
+    blob: Blob | str,
+    path: Path | str,
+    *,
+    on_progress: OnProgress | None = None,
+    part_bytes: int = PART_BYTES,
+    parts_at_once: int = 8,
+) -> ObjectInfo:
+    """Write an object into a file: a small one by one request, a large one in parts at once.
+
+    The file appears under its name when it is whole and verified, in place of what was there;
+    until then it is beside it, and an error or a cancellation removes it. A killed process
+    leaves it there, as ``.aioblobcol-*``. Memory holds little more than 1 MiB of each part that
+    is under way, whatever its size.
+
+    Args:
+        store: open.
+        blob: stored, or an ``s3://bucket/key``.
+        path: the file; its directory exists.
+        on_progress: told of every chunk.
+        part_bytes: the size of the parts.
+        parts_at_once: on the wire at the same time, each with a connection of its own; with 1
+            the object is read by one request.
+
+    Returns:
+        What the first answer tells of the object.
+
+    Raises:
+        BlobNotUploadedError: the blob is pending.
+        InvalidS3UriError, InvalidInputError: no S3 URI, or a limit that is not positive; nothing
+            was sent.
+        BlobNotFoundError, BlobChangedError, BlobCorruptedError, StoreError: as of `Blob.read`;
+            the file is as it was.
+        OSError: the file could not be written; the same state.
+    """
+    uri, facts = _named(blob)
+    return await download_object(
+        store,
+        uri,
+        Path(path),
+        size=facts.size,
+        sha256=facts.sha256,
+        on_progress=on_progress,
+        part_bytes=part_bytes,
+        parts_at_once=parts_at_once,
+    )
+
+
+def _named(blob: Blob | str) -> tuple[str, BlobFacts]:
+    return (blob.uri, blob._facts) if isinstance(blob, Blob) else (blob, NO_FACTS)
 
 
 def guess_content_type(filename: str | None) -> str | None:
