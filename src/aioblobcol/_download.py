@@ -285,19 +285,19 @@ class _Pull:
 
     async def chunk(self) -> bytes:
         """Return the next bytes; ``b""`` at the end."""
-        while True:
+        while self._position < self._stop:
             try:
-                chunk = await self._read()
+                return self._counted(await self._read())
             except StoreUnavailableError as exc:
                 await self.close()
-                if self._position == self._stop:  # nothing is missing
-                    return self._ended()
                 self._failures += 1
                 if self._failures > RESUMPTIONS:
                     raise
                 await self._wait(exc)
-            else:
-                return self._counted(chunk) if chunk else self._ended()
+        # not by one more read, in which the store would compare: the end may be another request's
+        if self.checksum is not None and not self.checksum.is_right():
+            raise BlobCorruptedError("get", self._uri, "not what the server's checksum says")
+        return b""
 
     async def close(self) -> None:
         """End the request."""
@@ -307,15 +307,13 @@ class _Pull:
 
     async def _read(self) -> bytes:
         if self._reader is None:
-            if self._position == self._stop:
-                return b""
             self._was_resumed = True
             await self._send()
-        assert self._reader is not None
-        chunk = await self._bounded(anext(self._reader, b""))
-        if not chunk and self._position < self._stop:  # no length was announced
-            raise self._unavailable(f"it ended at byte {self._position} of {self._stop}")
-        return chunk
+            assert self._reader is not None
+        try:
+            return await self._bounded(self._reader.__anext__())
+        except StopAsyncIteration:
+            raise self._unavailable(f"it ended at byte {self._position} of {self._stop}") from None
 
     async def _send(self) -> ObjectReader:
         version = self._version
@@ -359,13 +357,6 @@ class _Pull:
         if self._was_resumed and self.checksum is not None:
             self.checksum.update(chunk)
         return chunk
-
-    def _ended(self) -> bytes:
-        """Compare what the store could not, for its request was not the last one."""
-        was_compared = self._reader is not None and not self._was_resumed
-        if self.checksum is not None and not was_compared and not self.checksum.is_right():
-            raise BlobCorruptedError("get", self._uri, "not what the server's checksum says")
-        return b""
 
     def _unavailable(self, reason: str) -> StoreUnavailableError:
         return StoreUnavailableError("get", self._uri, reason)
