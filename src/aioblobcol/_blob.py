@@ -9,7 +9,6 @@ is admitted into a statement only by the session that uploaded it, for the cell 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import mimetypes
@@ -19,16 +18,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ._download import PART_BYTES, byte_range, download_object, open_object, read_object
+from ._download import byte_range, download_object, open_object, read_object
 from ._sources import (
-    AsyncReadable,
+    PART_BYTES,
     BlobSource,
     OnProgress,
     check_source,
-    has_async_read,
-    read_payload,
+    is_async_source,
+    is_binary_file,
 )
 from ._store._metadata import encode_metadata
+from ._streams import ReadOnce
 from ._uri import split_s3_uri
 from .errors import (
     BlobNotUploadedError,
@@ -36,6 +36,7 @@ from .errors import (
     InvalidInputError,
     InvalidPutArgumentsError,
     InvalidSourceError,
+    SizeMismatchError,
     UnsafeTransactionError,
 )
 
@@ -68,48 +69,6 @@ class Owner(Protocol):
         """A statement that names the blob is on its way."""
 
 
-class ReadOnce:
-    """A source that can be read only once, and is kept once it was."""
-
-    __slots__ = ("_body", "_lock", "_source")
-
-    def __init__(self, source: AsyncReadable) -> None:
-        self._source: AsyncReadable | None = source
-        self._body: bytes | None = None
-        self._lock = asyncio.Lock()
-
-    @property
-    def size(self) -> int | None:
-        """Length in bytes; before it is read, what the source itself says (`UploadFile.size`)."""
-        if self._body is not None:
-            return len(self._body)
-        size = getattr(self._source, "size", None)
-        return size if isinstance(size, int) else None
-
-    def __reduce__(self) -> Any:
-        if self._body is None:
-            raise TypeError("this upload was not read yet: pickle Blob(await upload.read())")
-        return bytes, (self._body,)
-
-    async def body(self, column: str, *, max_bytes: int | None) -> bytes:
-        """Return the bytes, read from where the source stands the first time.
-
-        Raises:
-            InvalidSourceError: reading it failed before, or now; what was read is lost.
-        """
-        async with self._lock:  # copies of one blob share it
-            if self._body is None:
-                source, self._source = self._source, None
-                if source is None:  # the rest of it must not pass for the whole
-                    raise InvalidSourceError(
-                        f"column {column!r}: this upload was read in part by an attempt that "
-                        "failed; make another Blob"
-                    )
-                payload = await read_payload(column, source, with_md5=False, max_bytes=max_bytes)
-                self._body = payload.body
-        return self._body
-
-
 class Blob:
     """Bytes to be uploaded by the session's flush, or an object that is stored already.
 
@@ -140,6 +99,7 @@ class Blob:
         "_facts",
         "_filename",
         "_metadata",
+        "_on_progress",
         "_owner",
         "_source",
         "_store",
@@ -150,42 +110,54 @@ class Blob:
 
     def __init__(
         self,
-        source: BlobSource | AsyncReadable,
+        source: BlobSource,
         *,
         content_type: str | None = None,
         filename: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        size: int | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Take bytes to be uploaded later; nothing is read or sent now.
 
         Args:
-            source: bytes, bytearray, memoryview, the `pathlib.Path` of a file, or an object
-                with an async ``read`` (an ``UploadFile``), whose content type and file name
-                are taken over. What can be read only once is kept in memory until the commit,
-                so that it can be uploaded again after a rollback.
+            source: bytes, bytearray, memoryview, the `pathlib.Path` of a file, a file that is
+                open in binary mode, an async iterator of bytes, an object with an async ``read``
+                (Starlette's ``UploadFile``, aiohttp's streams and body parts), or a response of
+                httpx or aiohttp. Content type and file name of an upload are taken over. More
+                than 8 MiB are uploaded part by part, and never in memory as a whole. What can be
+                read only once is kept until the commit if it is not larger, so that it can be
+                uploaded again after a rollback; what is larger has to be rewound, or assigned
+                anew.
             content_type: such as ``image/png``; else the column's, else guessed from the file
                 name, else ``application/octet-stream``.
             filename: the user's name for it; goes into the object's metadata, never into its
                 key. By default that of a path or an upload.
             metadata: more of the object's metadata, 2 KiB in all; not the library's own
                 ``filename`` and ``sha256``.
+            size: bytes that there have to be, such as the request's ``Content-Length``; the upload
+                fails if there are others.
+            on_progress: told of what was sent.
 
         Raises:
-            InvalidSourceError: nothing that has bytes.
+            InvalidSourceError: nothing that has bytes, or another number of them than *size*.
             InvalidInputError: an unusable content type, file name or metadata.
         """
         if isinstance(source, Blob):
             raise InvalidSourceError("this is a Blob already; blob.copy() makes another one")
         self._source: BlobSource | ReadOnce | None
-        if has_async_read(source):
-            self._source = ReadOnce(source)
+        known = check_source(source, column="Blob")
+        if size is not None:
+            check_declared(size, known)
+        if is_async_source(source) or is_binary_file(source):
+            self._source = ReadOnce(source, size=size)  # type: ignore[arg-type]  # just checked
             filename = filename or _text_of(source, "filename")
             content_type = content_type or _text_of(source, "content_type")
         else:
-            check_source(source, column="Blob")
-            self._source = source  # type: ignore[assignment]  # just checked
+            self._source = source
             if filename is None and isinstance(source, Path):
                 filename = source.name
+        self._on_progress = on_progress
         self._copy_of: Blob | None = None
         self._content_type = checked_content_type(content_type)
         self._filename = filename
@@ -211,6 +183,7 @@ class Blob:
     def _stored(cls, uri: str, facts: BlobFacts, *, store_name: str | None = None) -> Blob:
         blob = cls.__new__(cls)
         blob._source = blob._copy_of = blob._content_type = blob._filename = None
+        blob._on_progress = None
         blob._metadata = {}
         blob._reset()
         blob._uri, blob._facts, blob._store_name = uri, facts, store_name
@@ -265,7 +238,9 @@ class Blob:
         source = self._source
         if isinstance(source, ReadOnce):
             return source.size
-        return None if isinstance(source, Path) else memoryview(source or b"").nbytes
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return memoryview(source).nbytes
+        return None
 
     @property
     def content_type(self) -> str | None:
@@ -404,6 +379,7 @@ class Blob:
             blob._copy_of = self
         blob._content_type, blob._filename = self._content_type, self._filename
         blob._metadata = dict(self._metadata)
+        blob._on_progress = None
         blob._reset()
         return blob
 
@@ -442,6 +418,7 @@ class Blob:
         self._source, self._copy_of = state.get("source"), state.get("copy_of")
         self._content_type, self._filename = state.get("content_type"), state.get("filename")
         self._metadata = state.get("metadata", {})
+        self._on_progress = None
         self._reset()
         if "uri" in state:
             self._uri, self._facts = state["uri"], state["facts"]
@@ -467,6 +444,7 @@ class Blob:
     def _is_settled(self) -> None:
         """The row that names it is committed: what it was made of is not needed any more."""
         self._source = self._copy_of = self._owner = self._admitted_by = None
+        self._on_progress = None
 
     def _uri_for_statement(self) -> str:
         """Return the URI for a row, if its session has admitted it into this statement."""
@@ -547,6 +525,19 @@ async def open_blob(
         yield body
 
 
+def check_declared(declared: int, known: int | None) -> None:
+    """Refuse a size that was declared for a source and is not its own.
+
+    Raises:
+        SizeMismatchError: it is another one.
+        InvalidInputError: it is no size.
+    """
+    if type(declared) is not int or declared < 0:
+        raise InvalidInputError(f"size is a number of bytes, not {declared!r}")
+    if known is not None and known != declared:
+        raise SizeMismatchError(f"{known} bytes are here, {declared} were declared")
+
+
 async def download_blob(
     store: Store,
     blob: Blob | str,
@@ -619,17 +610,20 @@ def checked_content_type(content_type: str | None) -> str | None:
 
 
 def object_metadata(
-    metadata: Mapping[str, str], *, filename: str | None, sha256: str
+    metadata: Mapping[str, str], *, filename: str | None, sha256: str | None
 ) -> dict[str, str]:
     """Add the library's own to *metadata*, and return all as it stands in the headers.
+
+    What came with a copy may have a ``sha256`` already, which is the same bytes'.
 
     Raises:
         InvalidPutArgumentsError: unusable, or too much.
     """
-    if not metadata and filename is None:
+    if not metadata and filename is None and sha256 is not None:
         return {"sha256": sha256}
-    named = {} if filename is None else {"filename": filename}
-    return encode_metadata({**metadata, **named, "sha256": sha256})
+    own = {"filename": filename, "sha256": sha256}
+    known = {name: value for name, value in own.items() if value is not None}
+    return encode_metadata({**metadata, **known})
 
 
 def _text_of(source: object, name: str) -> str | None:

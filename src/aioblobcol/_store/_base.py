@@ -27,7 +27,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from .._sources import Part, Payload
-from .._tasks import Background, run_to_end
+from .._tasks import Background, Budget, run_to_end
 from .._uri import root_uri
 from ..errors import CleanUpError, ForeignUriError, InvalidInputError, StoreClosedError
 
@@ -44,6 +44,9 @@ COPY_SECONDS = 120
 most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
 
 READ_CHUNK_BYTES = 256 * 1024
+
+MAX_BYTES_IN_FLIGHT = 256 * 2**20
+"""A default: 32 parts, as many as there are slots."""
 
 DESCRIBING_ARGUMENTS: Final = frozenset(
     {
@@ -362,7 +365,8 @@ class Store(Protocol):
         """Write one object part by part: completed on leaving the block, aborted on an error.
 
         An abort is carried out although the caller is cancelled meanwhile, and so is a
-        completion that was sent. What the abort itself fails with is logged.
+        completion that was sent; both are bounded in time here, `ObjectWriter.write` by its
+        caller. What the abort itself fails with is logged.
 
         Raises:
             StoreError: on entering, or on leaving; ``may_have_taken_effect`` tells whether the
@@ -431,11 +435,14 @@ class Store(Protocol):
             StoreError: the listing could not be read to its end.
         """
 
-    async def abort_uploads(self, uris: Sequence[str]) -> None:
-        """Abort what is incomplete of these objects, so that it cannot be completed any more.
+    async def abort_upload(self, upload: IncompleteUpload) -> None:
+        """Abort an incomplete upload, so that it cannot be completed any more.
+
+        One that is gone, because it was completed or aborted, is no error. Does nothing where
+        ``capabilities.uploads`` is False.
 
         Raises:
-            StoreError: one could not be aborted.
+            StoreError: it may be there still.
         """
 
     def iter_uris(self) -> AsyncIterator[str]:
@@ -524,6 +531,11 @@ class Runtime:
     """What lives while a store is open: its slots, its background work, its second deletes.
 
     Bound to the event loop in which it was made.
+
+    Attributes:
+        slots: one for each request with a body that is on the wire.
+        budget: the bytes that uploads hold in memory.
+        background: work that outlives the request that asked for it.
     """
 
     def __init__(
@@ -532,8 +544,10 @@ class Runtime:
         *,
         max_concurrency: int,
         request_seconds: float,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
         self.slots = asyncio.Semaphore(max_concurrency)
+        self.budget = Budget(max_bytes_in_flight)
         self.background = Background(limit=4 * max_concurrency)
         self._delete = delete
         self._request_seconds = request_seconds

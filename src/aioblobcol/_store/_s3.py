@@ -24,7 +24,7 @@ from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from .._sources import HASH_INLINE_BYTES
+from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
     BlobChangedError,
@@ -35,22 +35,27 @@ from ..errors import (
 )
 from ._base import (
     DESCRIBING_ARGUMENTS,
+    MAX_BYTES_IN_FLIGHT,
     ByteRange,
     Capabilities,
     CopyRequest,
     DeleteReport,
+    IncompleteUpload,
     ListedObject,
     ObjectInfo,
     ObjectReader,
     PutRequest,
     RunningChecksum,
     Runtime,
+    WriteRequest,
     check_part,
     owned_uris,
 )
+from ._body import SLICE_BYTES, Body
 from ._errors import from_answer, translating, was_retried
 from ._metadata import decode_metadata
 from ._presign import content_disposition, expiry_seconds
+from ._s3_writer import S3Writer, abort
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -92,27 +97,48 @@ _NO_BULK_DELETE: Final = frozenset(
     }
 )
 
-_CAPABILITIES: Final = Capabilities(if_match=True, put_arguments=True, presigned_get=True)
+_CAPABILITIES: Final = Capabilities(
+    parts_at_once=4,
+    whole_checksum=True,
+    put_arguments=True,
+    if_match=True,
+    presigned_get=True,
+    presigned_post=True,
+    versions=True,
+    tags=True,
+    uploads=True,
+)
+_CAPABILITIES_ELSEWHERE: Final = dataclasses.replace(_CAPABILITIES, whole_checksum=False)
 
 CompatName = Literal["aws", "generic", "r2", "b2"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compat:
-    """What a family of servers understands."""
+    """What a family of servers understands.
+
+    Attributes:
+        checksum: what protects the body of one PUT.
+        part_checksum: what protects a part; ``crc32`` only where the server takes one CRC32 of the
+            whole object as well.
+        response_checksums: of botocore's configuration.
+        addressing_style: of botocore's configuration.
+        region_name: if none is given; None: what the environment says.
+    """
 
     checksum: Literal["crc32", "md5"]
+    part_checksum: Literal["crc32", "md5"]
     response_checksums: Literal["when_supported", "when_required"]
     addressing_style: Literal["path", "auto"]
     region_name: str | None
 
 
 COMPAT: Final[Mapping[str, Compat]] = {
-    "aws": Compat("crc32", "when_supported", "auto", None),
+    "aws": Compat("crc32", "crc32", "when_supported", "auto", None),
     # no default checksum trailers: over https they break servers; Content-MD5 is what they verify
-    "generic": Compat("md5", "when_required", "path", "us-east-1"),
-    "r2": Compat("crc32", "when_supported", "path", "auto"),
-    "b2": Compat("md5", "when_required", "path", None),
+    "generic": Compat("md5", "md5", "when_required", "path", "us-east-1"),
+    "r2": Compat("crc32", "md5", "when_supported", "path", "auto"),
+    "b2": Compat("md5", "md5", "when_required", "path", None),
 }
 
 
@@ -135,6 +161,7 @@ class S3Store:
         max_concurrency: int,
         request_seconds: float,
         drain_seconds: float,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
         self._bucket = check_bucket(bucket)
         self._prefix = normalize_s3_prefix(prefix)
@@ -144,6 +171,7 @@ class S3Store:
         self._max_concurrency = max_concurrency
         self._request_seconds = request_seconds
         self._drain_seconds = drain_seconds
+        self._max_bytes_in_flight = max_bytes_in_flight
         self._client: Any = None
         self._runtime: Runtime | None = None
         self._stack: contextlib.AsyncExitStack | None = None
@@ -187,6 +215,7 @@ class S3Store:
             self.delete_many,
             max_concurrency=self._max_concurrency,
             request_seconds=self._request_seconds,
+            max_bytes_in_flight=self._max_bytes_in_flight,
         )
         return self
 
@@ -221,11 +250,6 @@ class S3Store:
         return self._request_seconds
 
     @property
-    def capabilities(self) -> Capabilities:
-        """What it can do beyond the verbs that every store has."""
-        return _CAPABILITIES
-
-    @property
     def runtime(self) -> Runtime:
         """What lives while the store is open.
 
@@ -237,6 +261,11 @@ class S3Store:
                 f"{self!r}: enter it first, `async with store:` around the application's life"
             )
         return self._runtime
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What S3 can do; what a compatible server lacks of it is in its own documentation."""
+        return _CAPABILITIES if self._part_checksum == "crc32" else _CAPABILITIES_ELSEWHERE
 
     @property
     def client(self) -> Any:
@@ -280,6 +309,67 @@ class S3Store:
             await self._protect(request, arguments)
             answer = await self.client.put_object(**arguments)
         return not was_retried(answer)
+
+    @contextlib.asynccontextmanager
+    async def open_writer(self, request: WriteRequest) -> AsyncIterator[S3Writer]:
+        """Write one object part by part, in a multipart upload; see `Store.open_writer`.
+
+        Arguments of ``put_object`` are sent with those of the upload's requests that take them.
+        ``ChecksumAlgorithm`` among them has botocore compute that checksum of each part, in place
+        of our own.
+
+        Raises:
+            StoreError: the upload could not be created, or completed.
+
+        Source: Amazon S3 User Guide, "Uploading and copying objects using multipart upload".
+        """
+        writer = S3Writer(
+            self.client,
+            request,
+            checksum=self._part_checksum,
+            request_seconds=self._request_seconds,
+        )
+        await writer.create()
+        try:
+            yield writer
+        except BaseException as exc:
+            await writer.close(exc)
+            raise
+        await writer.close(None)
+
+    async def iter_uploads(self) -> AsyncGenerator[IncompleteUpload, None]:
+        """List what was neither completed nor aborted under the prefix, 1,000 per request.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+        """
+        root = root_uri(self._bucket, self._prefix)
+        arguments: dict[str, Any] = {"Bucket": self._bucket}
+        if self._prefix:
+            arguments["Prefix"] = f"{self._prefix}/"
+        while True:
+            with translating("list the uploads under", root):
+                page = await self.client.list_multipart_uploads(**arguments)
+            for entry in page.get("Uploads", ()):
+                yield IncompleteUpload(
+                    f"s3://{self._bucket}/{entry['Key']}",
+                    entry["UploadId"],
+                    _in_utc(entry.get("Initiated")),
+                )
+            if not page.get("IsTruncated"):
+                return
+            arguments["KeyMarker"] = page["NextKeyMarker"]
+            arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    async def abort_upload(self, upload: IncompleteUpload) -> None:
+        """Abort an incomplete upload; one that is gone is no error.
+
+        Raises:
+            StoreError: it may be there still.
+        """
+        bucket, key = split_s3_uri(upload.uri)
+        arguments = {"Bucket": bucket, "Key": key, "UploadId": upload.upload_id}
+        await abort(self.client, upload.uri, arguments)
 
     async def copy(self, request: CopyRequest) -> bool:
         """Copy one object inside of the server; tell whether the first attempt was answered.
@@ -529,7 +619,7 @@ class S3Store:
             **request.arguments,
             "Bucket": bucket,
             "Key": key,
-            "Body": request.payload.body,
+            "Body": _body_of(request.payload),
             "Metadata": dict(request.metadata),
         }
 
@@ -548,6 +638,10 @@ class S3Store:
             "CopySource": {"Bucket": source_bucket, "Key": source_key},
             "MetadataDirective": "COPY",
         }
+
+    @property
+    def _part_checksum(self) -> Literal["crc32", "md5"] | None:
+        return None if self._compat is None else self._compat.part_checksum
 
     async def _protect(self, request: PutRequest, arguments: dict[str, Any]) -> None:
         """Add the argument that protects the body, unless the caller gave one."""
@@ -646,6 +740,7 @@ def open_store(
     region_name: str | None = None,
     compat: CompatName = "aws",
     max_concurrency: int = 32,
+    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     request_seconds: float = 60,
     drain_seconds: float = 10,
     config: AioConfig | None = None,
@@ -663,7 +758,10 @@ def open_store(
         region_name: by default what the environment or the profile says.
         compat: what the server understands: ``aws`` (own CRC32), ``generic`` (Ceph, MinIO,
             Swift, ...: Content-MD5, path addressing, no checksum trailers), ``r2`` or ``b2``.
-        max_concurrency: uploads on the wire at once, over all requests of the application.
+        max_concurrency: PUTs and parts on the wire at once, over all requests of the application.
+        max_bytes_in_flight: what all uploads of the application hold in memory together, in
+            bytes, apart from the bytes that were assigned as such; who needs more waits for its
+            turn. At least one part (8 MiB).
         request_seconds: how long one request may take with its retries; a body has one second
             more per 256 KiB.
         drain_seconds: how long closing waits for second deletes of unanswered uploads to fall
@@ -678,6 +776,8 @@ def open_store(
     """
     if compat not in COMPAT:
         raise InvalidInputError(f"compat is one of {', '.join(COMPAT)}, not {compat!r}")
+    if max_bytes_in_flight < PART_BYTES:
+        raise InvalidInputError(f"max_bytes_in_flight is one part at least, {PART_BYTES} bytes")
     if max_concurrency < 1 or request_seconds <= 0 or drain_seconds < 0:
         raise InvalidInputError("max_concurrency and request_seconds are positive")
     given = {"endpoint_url": endpoint_url, "region_name": region_name}
@@ -693,6 +793,7 @@ def open_store(
         max_concurrency=max_concurrency,
         request_seconds=request_seconds,
         drain_seconds=drain_seconds,
+        max_bytes_in_flight=max_bytes_in_flight,
     )
 
 
@@ -714,13 +815,12 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
 
 
 def _info(uri: str, answer: Mapping[str, Any]) -> ObjectInfo:
-    modified_at: datetime | None = answer.get("LastModified")
     return ObjectInfo(
         uri=uri,
         size=_whole_size(uri, answer),
         metadata=decode_metadata(answer.get("Metadata", {})),
         content_type=answer.get("ContentType"),
-        modified_at=None if modified_at is None else modified_at.astimezone(timezone.utc),
+        modified_at=_in_utc(answer.get("LastModified")),
         etag=answer.get("ETag"),
     )
 
@@ -829,6 +929,14 @@ def _misses_source(exc: ClientError, request: CopyRequest) -> bool:
         bucket, _ = split_s3_uri(request.uri)
         return bool(bucket != source_bucket == error.get("BucketName"))
     return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == _NOT_FOUND)
+
+
+def _in_utc(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.astimezone(timezone.utc)
+
+
+def _body_of(payload: Payload) -> bytes | Body:
+    return payload.body if payload.size <= SLICE_BYTES else Body([payload.body], payload.size)
 
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)")
