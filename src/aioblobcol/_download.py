@@ -60,8 +60,8 @@ BACK_OFF_SECONDS = 0.2
 """Before the second resumption in a row; twice as long before the third. The first one waits for
 nothing: a connection that was dropped says little about the next."""
 
-# PART_BYTES serves here, too: at 90 MB/s for each connection, 8 of them read 6 times faster than one
-# with parts of this size (measured); smaller ones wait for more first bytes
+# PART_BYTES serves here, too: at 90 MB/s for each connection, 8 of them read 6 times faster than
+# one with parts of this size (measured); smaller ones wait for more first bytes
 
 WRITE_BYTES = 2**20
 """So much is handed to a thread to be written; a hop costs less than a tenth of writing it."""

@@ -156,7 +156,7 @@ async def reading(task: Task, store: Store) -> None:
     assert_type(await download_blob(store, "s3://b/k", Path("file")), ObjectInfo)
     await download_blob(store, blob, "file", part_bytes=2**20, parts_at_once=2)
 
-    await blob.read(5, 7)  # type: ignore[call-arg, misc]
+    await blob.read(5)  # type: ignore[call-arg]
     blob.open(stop="7")  # type: ignore[arg-type]
     await blob.download_to(b"file")  # type: ignore[arg-type]
     await download_blob(blob, "file")  # type: ignore[call-arg, arg-type]

@@ -599,7 +599,7 @@ class TestFiles:
         assert await files(store) == BODY
 
     @pytest.mark.parametrize("limit", [{"parts_at_once": 0}, {"part_bytes": 0}])
-    async def test_limits(self, store: PartialStore, tmp_path: Path, limit: dict[str, int]) -> None:
+    async def test_limits(self, store: PartialStore, tmp_path: Path, limit: dict[str, Any]) -> None:
         """Limits that are not positive are refused before anything."""
         with pytest.raises(InvalidInputError, match="positive"):
             await download_blob(store, URI, tmp_path / "file", **limit)
