@@ -302,13 +302,13 @@ class TestChecksums:
 class TestConnections:
     @pytest.mark.parametrize("parts_at_once", [1, 3])
     @pytest.mark.parametrize("how", ["break", "unread", "raise", "cancel", "read"])
-    async def test_none_is_left(
-        self, server: ObjectServer, store: S3Store, how: str, parts_at_once: int
-    ) -> None:
-        """However a reading ends, only what the pool keeps for the next request is open."""
+    async def test_none_is_left(self, server: ObjectServer, how: str, parts_at_once: int) -> None:
+        """However a reading ends, its connections are closed, or back in the pool."""
         server.body = bytes(4_000_000)
+        config = ONE_CONNECTION.merge(AioConfig(max_pool_connections=parts_at_once))
+        opened = S3Server(server.endpoint_url).open_store(bucket="bucket", config=config)
 
-        async def leave() -> None:
+        async def leave(store: S3Store) -> None:
             async with open_object(
                 store, URI, parts_at_once=parts_at_once, part_bytes=600_000
             ) as body:
@@ -324,10 +324,11 @@ class TestConnections:
                         assert task is not None
                         task.cancel()
 
-        for _ in range(3):
-            await asyncio.gather(asyncio.create_task(leave()), return_exceptions=True)
-        async with asyncio.timeout(20):
-            await server.until(connections=parts_at_once if how == "read" else 0)
+        async with opened as store, asyncio.timeout(20):
+            for _ in range(3):
+                await asyncio.gather(asyncio.create_task(leave(store)), return_exceptions=True)
+            assert (await store.head(URI)).size == 4_000_000
+            await server.until(connections=parts_at_once)
 
     @pytest.mark.slow
     async def test_cancelled_at_every_await(self, server: ObjectServer, read: Read) -> None:
