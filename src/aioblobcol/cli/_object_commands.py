@@ -114,6 +114,8 @@ def put(
         target = _target_uri(place, file, uri)
         with _opening(file) as source:
             found = content_type or content_type_of(source.name, target)
+            if found is not None and not (found.isascii() and found.isprintable()):
+                raise UsageError("--content-type", "is of plain characters, such as image/png")
             arguments = {} if found is None else {"ContentType": found}
             work = _put(places, target, source, arguments, overwrite=overwrite, quiet=quiet)
             size = run_in_loop(work)
@@ -153,7 +155,8 @@ def get(
         target = _target(found, file, overwrite=overwrite)
         with _opening_special(target) as descriptor:
             size = run_in_loop(_get(places, found, target, descriptor, quiet=quiet))
-    _tell(f"{size:,} bytes to {shown(str(target))}", quiet=quiet)
+    where = "standard output" if file == STANDARD else shown(str(target))
+    _tell(f"{size:,} bytes to {where}", quiet=quiet)
 
 
 @commands.command(name="ls", epilog=EXAMPLES["ls"])
