@@ -13,17 +13,17 @@ import dataclasses
 import errno
 import mimetypes
 import os
-import secrets
 import stat
 import sys
-import zlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from .._sources import AsyncReadable, OnProgress, Part, read_payload
-from .._store._base import PutRequest, Store, WriteRequest, put_seconds
-from ..errors import InvalidSourceError, StoreUnavailableError
+from .._download import download_object, open_object
+from .._sources import OnProgress, Part, Payload
+from .._store._base import ObjectWriter, PutRequest, Store, WriteRequest, put_seconds
+from .._streams import AsyncPuller, FilePuller, PartReader, Puller
+from ..errors import InvalidSourceError, SizeMismatchError, StoreUnavailableError
 from ._courier import BlockingReader, BlockingWriter
 
 if TYPE_CHECKING:
@@ -31,13 +31,10 @@ if TYPE_CHECKING:
 
 STANDARD: Final = "-"
 """Stands for standard input or output, where a file may stand."""
-PART_BYTES: Final = 8 * 2**20
-MAX_PARTS: Final = 10_000
-"""Source: Amazon S3 User Guide, "Amazon S3 multipart upload limits"."""
-GROWING_EVERY: Final = 1000
-"""Parts of an unknown number; after so many they are twice as large. 10,000 have 8 TiB together."""
 HELD_BYTES: Final = 64 * 2**20
 """Parts in memory together, unless one alone is larger."""
+READ_AHEAD: Final = 4
+"""Parts of 8 MiB that are read at the same time, for what takes them in order."""
 
 _TYPES: Final = mimetypes.MimeTypes()
 _COMPRESSED: Final = {
@@ -58,7 +55,7 @@ class Source:
     """What is uploaded; its size is None if nobody knows it."""
 
     name: str
-    reader: AsyncReadable
+    puller: Puller
     size: int | None
 
 
@@ -84,18 +81,20 @@ def open_source(file: str) -> Iterator[Source]:
         OSError: it cannot be read.
     """
     with contextlib.ExitStack() as stack:
+        name = Path(file).name
         if file == STANDARD:
             descriptor = descriptor_of(sys.stdin)
+            opened = stack.enter_context(open(descriptor, "rb", buffering=0, closefd=False))
         else:
-            descriptor = stack.enter_context(Path(file).open("rb", buffering=0)).fileno()
-        name, status = Path(file).name, os.fstat(descriptor)
+            opened = stack.enter_context(Path(file).open("rb", buffering=0))
+        status = os.fstat(opened.fileno())
         if stat.S_ISREG(status.st_mode):
-            left = max(0, status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR))
-            yield Source(name, _FileReader(descriptor), left)
+            left = max(0, status.st_size - opened.tell())
+            yield Source(name, FilePuller(name, opened), left)
             return
-        reader = BlockingReader(descriptor)
+        reader = BlockingReader(opened.fileno())
         stack.callback(reader.close)
-        yield Source(name, reader, None)
+        yield Source(name, AsyncPuller(name, reader, reader.read), None)
 
 
 def descriptor_of(stream: TextIO | None) -> int:
@@ -131,45 +130,22 @@ async def upload(
         StoreError: what was there before is still there, unless ``may_have_taken_effect``.
     """
     on_progress(0, source.size)
-    parts = _Parts(source)
-    first = await parts.next()
-    if parts.is_at_end:
-        parts.check_size()
-        await _put(store, uri, first, arguments)
-        on_progress(parts.size, parts.size)
-        return parts.size
-    request = WriteRequest(source.name, uri, {}, arguments, source.size)
-    async with store.open_writer(request) as writer:
-        sent = 0
-
-        async def write(part: Part, slots: asyncio.Semaphore) -> None:
-            nonlocal sent
-            try:
-                async with asyncio.timeout(put_seconds(store, part.size)):
-                    await writer.write(part)
-            except TimeoutError as exc:
-                raise StoreUnavailableError("put", uri, "no answer in time") from exc
-            sent += part.size
-            slots.release()
-            on_progress(sent, source.size)
-
-        at_once = max(1, min(store.capabilities.parts_at_once, HELD_BYTES // first.size))
-        slots = asyncio.Semaphore(at_once)
-        try:
-            async with asyncio.TaskGroup() as group:
-                part = first
-                del first
-                await slots.acquire()
-                while part.size:
-                    group.create_task(write(part, slots))
-                    del part
-                    await slots.acquire()  # before the next part is in memory
-                    part = await parts.next()
-        except ExceptionGroup as exc:
-            raise exc.exceptions[0] from exc
-        parts.check_size()
-        writer.finish(parts.crc32)
-    return parts.size
+    reader = PartReader(
+        source.name, source.puller, total=source.size, is_declared=source.size is not None
+    )
+    try:
+        payload = await reader.read_small()
+        if payload is None:
+            request = WriteRequest(source.name, uri, {}, arguments, source.size)
+            await _write(store, request, reader, on_progress)
+        else:
+            await _put(store, uri, payload, arguments)
+            on_progress(payload.size, payload.size)
+    except SizeMismatchError as exc:
+        raise InvalidSourceError(
+            f"{source.name} was changed while it was read, and is not stored"
+        ) from exc
+    return reader.size
 
 
 async def download(store: Store, uri: str, path: Path, *, on_progress: OnProgress) -> int:
@@ -179,20 +155,7 @@ async def download(store: Store, uri: str, path: Path, *, on_progress: OnProgres
         StoreError: it could not be read; the file is as it was before.
         OSError: the file cannot be written; the same state.
     """
-    # named apart from the target, whose name may be as long as names can be
-    beside = path.with_name(f".aioblobcol-{secrets.token_hex(8)}.part")
-    try:
-        with beside.open("xb") as file:
-            async with contextlib.aclosing(_chunks(store, uri, on_progress)) as chunks:
-                size = 0
-                async for chunk in chunks:
-                    await asyncio.to_thread(file.write, chunk)
-                    size += len(chunk)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    return size
+    return (await download_object(store, uri, path, on_progress=on_progress)).size
 
 
 async def copy_out(store: Store, uri: str, descriptor: int, *, on_progress: OnProgress) -> int:
@@ -204,99 +167,55 @@ async def copy_out(store: Store, uri: str, descriptor: int, *, on_progress: OnPr
         OSError: it cannot be written.
     """
     writer = BlockingWriter(descriptor)
-    size = 0
     try:
-        async with contextlib.aclosing(_chunks(store, uri, on_progress)) as chunks:
-            async for chunk in chunks:
+        reading = open_object(store, uri, on_progress=on_progress, parts_at_once=READ_AHEAD)
+        async with reading as reader:
+            async for chunk in reader:
                 await writer.write(chunk)
-                size += len(chunk)
     except BrokenPipeError as exc:
         raise ReaderGoneError from exc
     finally:
         writer.close()
-    return size
+    return reader.info.size
 
 
-async def _chunks(store: Store, uri: str, on_progress: OnProgress) -> AsyncGenerator[bytes, None]:
-    async with store.open(uri) as reader:
-        total, done = reader.info.size, 0
-        on_progress(0, total)
-        async for chunk in reader:
-            yield chunk
-            done += len(chunk)
-            on_progress(done, total)
-
-
-async def _put(store: Store, uri: str, part: Part, arguments: Mapping[str, Any]) -> None:
-    body = part.pieces[0] if len(part.pieces) == 1 else b"".join(part.pieces)
-    payload = await read_payload("file", body, with_md5=False)
+async def _put(store: Store, uri: str, payload: Payload, arguments: Mapping[str, Any]) -> None:
     request = PutRequest("file", uri, payload, {}, arguments)
     store.check_put(request)
     try:
-        async with store.runtime.slots, asyncio.timeout(put_seconds(store, part.size)):
+        async with store.runtime.slots, asyncio.timeout(put_seconds(store, payload.size)):
             await store.put(request)
     except TimeoutError as exc:
         raise StoreUnavailableError("put", uri, "no answer in time") from exc
 
 
-class _FileReader:
-    """A regular file, which is read in threads: it keeps nobody waiting for long."""
+async def _write(
+    store: Store, request: WriteRequest, reader: PartReader, on_progress: OnProgress
+) -> None:
+    """Write one object part by part; nothing of it is there if a part fails."""
+    at_once = min(store.capabilities.parts_at_once, HELD_BYTES // reader.next_bytes())
+    room = asyncio.Semaphore(max(1, at_once))
+    sent = 0
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    async def send(writer: ObjectWriter, part: Part) -> None:
+        nonlocal sent
+        try:
+            async with store.runtime.slots, asyncio.timeout(put_seconds(store, part.size)):
+                await writer.write(part)
+        except TimeoutError as exc:
+            raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
+        sent += part.size
+        room.release()
+        on_progress(sent, request.size)
 
-    async def read(self, size: int, /) -> bytes:
-        return await asyncio.to_thread(os.read, self._descriptor, size)
-
-
-class _Parts:
-    """A source part by part, with what is known of all that was read so far."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._number = 0
-        self.size = 0
-        self.crc32 = 0
-        self.is_at_end = False
-
-    async def next(self) -> Part:
-        """Read one part; an empty one at the end."""
-        self._number += 1
-        wanted = self._part_bytes()
-        pieces, size, crc32 = [], 0, 0
-        while size < wanted and not self.is_at_end:
-            try:
-                piece = await self._source.reader.read(wanted - size)
-            except OSError as exc:
-                raise InvalidSourceError(f"cannot read {self._source.name}: {exc}") from exc
-            self.is_at_end = not piece
-            size += len(piece)
-            pieces.append(piece)
-            crc32, self.crc32 = await asyncio.to_thread(_crc32s, piece, crc32, self.crc32)
-        self.size += size
-        self.is_at_end |= self._source.size is not None and self.size == self._source.size
-        return Part(self._number, pieces, size, crc32)
-
-    def check_size(self) -> None:
-        """Refuse a file that has become another one.
-
-        Raises:
-            InvalidSourceError: there were more or fewer bytes than it had.
-        """
-        if self._source.size is not None and self.size != self._source.size:
-            raise InvalidSourceError(
-                f"{self._source.name} was changed while it was read: {self.size:,} bytes instead "
-                f"of {self._source.size:,}; nothing was stored"
-            )
-
-    def _part_bytes(self) -> int:
-        """Return how large the next part is: all alike, or growing if nobody knows how many."""
-        if self._source.size is not None:
-            least = -(-self._source.size // MAX_PARTS)
-            return max(PART_BYTES, -(-least // 2**20) * 2**20)
-        doublings: int = (self._number - 1) // GROWING_EVERY
-        return PART_BYTES << doublings
-
-
-def _crc32s(piece: bytes, *values: int) -> tuple[int, ...]:
-    return tuple(zlib.crc32(piece, value) for value in values)
+    async with store.open_writer(request) as writer:
+        try:
+            async with asyncio.TaskGroup() as group:
+                await room.acquire()  # before the part is in memory
+                while (part := await reader.next_part()) is not None:
+                    group.create_task(send(writer, part))
+                    del part
+                    await room.acquire()
+        except ExceptionGroup as exc:
+            raise exc.exceptions[0]  # noqa: B904 - its own cause says more
+        writer.finish(reader.crc32)

@@ -145,8 +145,9 @@ def get(
 ) -> None:
     """Download an object into a file.
 
-    The file is there when it is whole; until then what was there before stays. Ctrl-C leaves no
-    part of it.
+    Large objects come in several parts at a time, and a connection that breaks off is taken up
+    where it was. The file is there when it is whole; until then what was there before stays.
+    Ctrl-C leaves no part of it.
     """
     place = _place(app_name, bucket, endpoint_url, region, compat)
     with _telling("get"):
