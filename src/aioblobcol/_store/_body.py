@@ -30,7 +30,8 @@ class Body(AiohttpPayload):
 
     def __init__(self, pieces: Sequence[Piece], size: int) -> None:
         super().__init__(pieces)
-        self.headers.clear()  # the request's own say what it is
+        self.headers.clear()  # the request's own say what it is; aiohttp wants one here
+        self.headers["Content-Length"] = str(size)
         self._size = size
         self._views = [memoryview(piece).cast("B") for piece in pieces]
         self._position = 0
