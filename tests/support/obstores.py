@@ -1,11 +1,18 @@
-"""The store on obstore, on the server that the tests have."""
+"""The store on obstore, in each of the places that a test can have."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from aioblobcol.obstore import ObstoreStore, open_obstore
 from aioblobcol.testing import S3Server
+
+Place = Literal["files", "memory", "s3"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 def open_on(s3: S3Server, bucket: str, *, prefix: str = "prefix", **arguments: Any) -> ObstoreStore:
@@ -18,3 +25,18 @@ def open_on(s3: S3Server, bucket: str, *, prefix: str = "prefix", **arguments: A
         "secret_access_key": given["aws_secret_access_key"],
     }
     return open_obstore(f"s3://{bucket}/{prefix}", config=config, **arguments)
+
+
+@contextlib.asynccontextmanager
+async def open_in(place: Place, directory: Path, s3: S3Server) -> AsyncIterator[ObstoreStore]:
+    """Give an open and empty store; its bucket on a server is a fresh one."""
+    if place == "s3":
+        bucket = f"test-{uuid.uuid4().hex}"
+        await s3.create_bucket(bucket)
+        store = open_on(s3, bucket)
+    elif place == "files":
+        store = open_obstore((directory / "blobs").as_uri(), prefix="prefix")
+    else:
+        store = open_obstore("memory://", prefix="prefix")
+    async with store:
+        yield store

@@ -429,7 +429,7 @@ class ObstoreStore:
                     refused = await self._delete_bulk(client, part)
                 if refused is not None:
                     return dict(refused)
-            return await self._delete_each(client, part, slots)
+            return await self._delete_each(part, slots)
 
         failed: dict[str, str] = {}
         for refused in await asyncio.gather(*(delete(part) for part in parts)):
@@ -500,14 +500,19 @@ class ObstoreStore:
             return dict.fromkeys(uris, exc.code) if is_unanswered(exc) else None
         return {}
 
-    async def _delete_each(
-        self, client: Any, uris: list[str], slots: asyncio.Semaphore
-    ) -> dict[str, str]:
+    async def _delete_each(self, uris: list[str], slots: asyncio.Semaphore) -> dict[str, str]:
+        client = self._once()  # of S3 the other one makes a request for many even for one key
+
         async def delete(uri: str) -> str | None:
+            key = self._key("delete", uri)
             try:
                 async with slots:
-                    with translating("delete", uri):
-                        await obstore.delete_async(client, self._key("delete", uri))
+                    await self._repeated(
+                        "delete",
+                        uri,
+                        lambda: obstore.delete_async(client, key),
+                        seconds=ANSWER_SECONDS,
+                    )
             except StoreError as exc:
                 return None if is_missing(exc) else exc.code
             return None
@@ -629,7 +634,9 @@ def open_obstore(
     if parts.scheme in {"s3", "gs", "az"}:
         if bucket is not None and bucket != parts.netloc:
             raise InvalidInputError(f"the bucket is in the URL already: {url!r}")
-        name, prefix = parts.netloc, f"{unquote(parts.path)}/{prefix.strip('/')}"
+        name = parts.netloc
+        both = normalize_s3_prefix(unquote(parts.path)), normalize_s3_prefix(prefix)
+        prefix = "/".join(filter(None, both))
         backend = remote(parts, config or {}, http, request_seconds=request_seconds)
     else:
         if http.given:

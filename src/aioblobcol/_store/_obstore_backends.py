@@ -128,10 +128,13 @@ def remote(
     provider = http.credential_provider
     retries = _retry_config(request_seconds) | dict(http.retry_config or {})
 
+    # The client that repeats nothing also deletes one by one, for servers without DeleteObjects.
+    once = {"disable_bulk_delete": True, **options} if parts.scheme == "s3" else options
+
     def make(max_retries: int) -> Any:
         return _REMOTE[parts.scheme](
             parts.netloc,
-            config=options,
+            config=options if max_retries else once,
             client_options=client_options,
             retry_config=retries if max_retries else {**retries, "max_retries": 0},
             **({} if provider is None else {"credential_provider": provider}),

@@ -97,16 +97,16 @@ def is_unanswered(error: StoreError) -> bool:
 
 
 def _known_kind(operation: str, uri: str, exc: BaseException, text: str) -> StoreError:
-    reason = _reason(exc, text)
-    if isinstance(exc, FileNotFoundError):
+    reason, status = _reason(exc, text), _status(text)  # of a writer all are plain OSErrors
+    if isinstance(exc, FileNotFoundError) or status == 404:
         return BlobNotFoundError(operation, uri, reason)
-    if isinstance(exc, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
+    no_access = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+    if isinstance(exc, no_access) or status in {401, 403}:
         return StoreAccessError(operation, uri, reason)
     if isinstance(exc, PreconditionError):
         return BlobChangedError(operation, uri, reason)
     if isinstance(exc, (InvalidPathError, NotSupportedError, NotImplementedError, ValueError)):
         return StoreError(operation, uri, reason)
-    status = _status(text)
     is_definite = 400 <= status < 500 and status not in _TRY_AGAIN_STATUS
     if not isinstance(exc, AlreadyExistsError) and (is_definite or _LOCAL.search(text)):
         return StoreError(operation, uri, reason)
