@@ -455,7 +455,7 @@ class TestExit:
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
         ("place", "how", "runs"),
-        [("s3", "finished", 50), ("s3", "cancelled", 10), ("files", "finished", 10)],
+        [("s3", "finished", 50), ("s3", "cancelled", 5), ("files", "finished", 5)],
     )
     async def test_every_run_exits_cleanly(
         self, tmp_path: Path, place: str, how: str, runs: int
@@ -471,7 +471,7 @@ class TestExit:
                     stub.requests.clear()
                     process = await asyncio.create_subprocess_exec(
                         sys.executable,
-                        *("-X", "dev", "-W", "error", "-c", PROGRAM, *where, how),
+                        *("-X", "faulthandler", "-W", "error", "-c", PROGRAM, *where, how),
                         stderr=asyncio.subprocess.PIPE,
                         env={**os.environ, "NO_PROXY": "127.0.0.1"},
                     )
