@@ -5,7 +5,7 @@ transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
 from ._app import BlobApp
-from ._blob import Blob, open_blob
+from ._blob import Blob, download_blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
 from ._journal import Journal, OwnershipState
@@ -115,6 +115,7 @@ __all__ = [
     "blob_sessionmaker",
     "blob_transaction",
     "delete_s3",
+    "download_blob",
     "enlist",
     "guard",
     "journal_status",

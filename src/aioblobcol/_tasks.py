@@ -20,8 +20,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aioblobcol")
 
 
-async def wait_through(tasks: Iterable[asyncio.Task[Any]]) -> asyncio.CancelledError | None:
-    """Wait until all *tasks* have ended, also while we are being cancelled.
+async def wait_through(tasks: Iterable[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
+    """Wait until all *tasks* (or futures) have ended, also while we are being cancelled.
 
     Returns the cancellation that arrived meanwhile, for the caller to raise; the tasks
     themselves are left alone.

@@ -45,10 +45,6 @@ most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
 
 READ_CHUNK_BYTES = 256 * 1024
 
-PART_BYTES = 8 * 2**20
-"""Larger objects are written in parts of this size at least (measured: larger parts are not faster,
-smaller ones cost more requests). S3 takes no part below 5 MiB, but the last."""
-
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
 """A default: 32 parts, as many as there are slots."""
 
@@ -230,6 +226,16 @@ class ListedObject(NamedTuple):
     size: int
 
 
+class RunningChecksum(Protocol):
+    """A checksum over what was read of an object so far, and what it has to become."""
+
+    def update(self, chunk: bytes, /) -> None:
+        """Take the next bytes in: those that another request brought."""
+
+    def is_right(self) -> bool:
+        """Tell, once the whole object was read, whether it is what the server knows."""
+
+
 class ObjectReader:
     """An object that is being read, inside of the ``async with`` that opened it.
 
@@ -238,10 +244,23 @@ class ObjectReader:
 
     Attributes:
         info: what the answer's headers tell of the object.
+        took_part: False if the server does not read parts: it sends the whole object, of which
+            the part is cut out on this side.
+        checksum: what the store itself compares when the whole object was read, and who reads on
+            by another request goes on with; None if it compares nothing.
     """
 
-    def __init__(self, info: ObjectInfo, read_chunk: Callable[[int], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        info: ObjectInfo,
+        read_chunk: Callable[[int], Awaitable[bytes]],
+        *,
+        took_part: bool = True,
+        checksum: RunningChecksum | None = None,
+    ) -> None:
         self.info = info
+        self.took_part = took_part
+        self.checksum = checksum
         self._read_chunk: Callable[[int], Awaitable[bytes]] | None = read_chunk
 
     def __aiter__(self) -> Self:
@@ -384,9 +403,13 @@ class Store(Protocol):
             etag: read it only if it is still this version (`ObjectInfo.etag`), where the store
                 has ``capabilities.if_match``.
 
+        A part that begins at the object's end, or beyond it, has no bytes.
+
         Raises:
+            InvalidInputError: no range; nothing was sent.
             BlobNotFoundError: it is not there; raised on entering.
             BlobChangedError: it is another version than *etag*; raised on entering.
+            BlobCorruptedError: the whole was read, and its checksum is not the server's.
             StoreError: it could not be read; also while its chunks are read.
         """
 
@@ -446,6 +469,19 @@ def is_owned(store: Store, uri: str) -> bool:
         return False
     # S3 takes "prefix/../other" as it stands, a proxy on the way may not
     return not {"", ".", ".."}.intersection(uri.removeprefix(root).split("/"))
+
+
+def check_part(part: ByteRange) -> None:
+    """Refuse a range that no object has.
+
+    Raises:
+        InvalidInputError: it is; nothing was sent.
+    """
+    for bound in part:
+        if bound is not None and (not isinstance(bound, int) or bound < 0):
+            raise InvalidInputError(f"a range of bytes has whole numbers from 0 on, not {bound!r}")
+    if part.start is None or (part.stop is not None and part.stop < part.start):
+        raise InvalidInputError(f"a range of bytes that ends before it starts: {part}")
 
 
 def named_stores(given: Store | Mapping[str, Store]) -> dict[str, Store]:

@@ -24,13 +24,19 @@ from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from .._sources import HASH_INLINE_BYTES, Payload
+from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
-from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
+from ..errors import (
+    BlobChangedError,
+    InvalidInputError,
+    InvalidPutArgumentsError,
+    StoreClosedError,
+    StoreError,
+)
 from ._base import (
     DESCRIBING_ARGUMENTS,
     MAX_BYTES_IN_FLIGHT,
-    PART_BYTES,
+    ByteRange,
     Capabilities,
     CopyRequest,
     DeleteReport,
@@ -39,8 +45,10 @@ from ._base import (
     ObjectInfo,
     ObjectReader,
     PutRequest,
+    RunningChecksum,
     Runtime,
     WriteRequest,
+    check_part,
     owned_uris,
 )
 from ._body import SLICE_BYTES, Body
@@ -50,7 +58,14 @@ from ._presign import content_disposition, expiry_seconds
 from ._s3_writer import S3Writer, abort
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Mapping,
+        Sequence,
+    )
     from types import TracebackType
     from typing import Self
 
@@ -61,6 +76,7 @@ DELETE_ROUNDS: Final = 3
 PARALLEL_DELETES: Final = 16
 
 _NOT_FOUND: Final = 404
+_RANGE_NOT_SATISFIABLE: Final = 416
 
 _OWNED_ARGUMENTS: Final = frozenset({"Bucket", "Key", "Body"})
 _RETRYABLE: Final = frozenset(
@@ -396,16 +412,38 @@ class S3Store:
         return data
 
     @contextlib.asynccontextmanager
-    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
-        """Read one object chunk by chunk; leaving the block early drops the connection.
+    async def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AsyncIterator[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk; leaving the block ends the request.
+
+        A block that is left early drops the connection. A part that begins at the object's end
+        or beyond it, or has no length, is described by a HEAD and has no bytes. From a server
+        that does not know ranges the whole is read, and the part is cut out.
+
+        Args:
+            uri: the object.
+            part: which bytes; all by default. ``info.size`` is the whole object's.
+            etag: of the version that it has to be; compared here, too, for not every server
+                knows ``If-Match``.
 
         Raises:
+            InvalidInputError: no range; nothing was sent.
             BlobNotFoundError: it is not there; raised on entering.
+            BlobChangedError: it is another version; raised on entering.
+            BlobCorruptedError: the whole was read, and is not what the server's checksum says.
             StoreError: it could not be read; also while its chunks are read.
+
+        Source: Amazon S3 API Reference, GetObject (Range, If-Match).
         """
-        bucket, key = split_s3_uri(uri)
-        with translating("get", uri):
-            answer = await self.client.get_object(Bucket=bucket, Key=key)
+        if part is not None:
+            check_part(part)
+            part = None if part == (0, None) else part
+        answer = await self._get_part(uri, part, etag)
+        if answer is None:
+            assert part is not None
+            yield ObjectReader(_without(part, _unchanged(await self.head(uri), etag)), _nothing)
+            return
         async with answer["Body"] as body:
 
             async def read_chunk(size: int) -> bytes:
@@ -413,11 +451,32 @@ class S3Store:
                     chunk: bytes = await body.read(size)
                 return chunk
 
-            reader = ObjectReader(_info(uri, answer), read_chunk)
+            reader = _reader(uri, answer, part, read_chunk)
+            _unchanged(reader.info, etag)
             try:
                 yield reader
             finally:
                 reader.close()
+
+    async def _get_part(self, uri: str, part: ByteRange | None, etag: str | None) -> Any:
+        """Return the answer; None if the object has no such bytes."""
+        bucket, key = split_s3_uri(uri)
+        arguments = {"Bucket": bucket, "Key": key}
+        if part is not None:
+            if part.start == part.stop:
+                return None
+            last = "" if part.stop is None else part.stop - 1
+            arguments["Range"] = f"bytes={part.start}-{last}"
+        # a weak one never matches; proxies make them when they compress
+        if etag is not None and not etag.startswith("W/"):
+            arguments["IfMatch"] = etag
+        with translating("get", uri):
+            try:
+                return await self.client.get_object(**arguments)
+            except ClientError as exc:
+                if _status(exc.response) == _RANGE_NOT_SATISFIABLE and part is not None:
+                    return None
+                raise
 
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object.
@@ -758,12 +817,107 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
 def _info(uri: str, answer: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(
         uri=uri,
-        size=int(answer["ContentLength"]),
+        size=_whole_size(uri, answer),
         metadata=decode_metadata(answer.get("Metadata", {})),
         content_type=answer.get("ContentType"),
         modified_at=_in_utc(answer.get("LastModified")),
         etag=answer.get("ETag"),
     )
+
+
+def _whole_size(uri: str, answer: Mapping[str, Any]) -> int:
+    given: str | None = answer.get("ContentRange")
+    if given is None:
+        return int(answer["ContentLength"])
+    return _content_range(uri, given)[1]
+
+
+def _content_range(uri: str, given: str) -> tuple[int, int]:
+    """Return the first byte of a partial answer, and the size of the whole object."""
+    read = _CONTENT_RANGE.fullmatch(given)
+    if read is None:
+        raise StoreError("get", uri, f"an answer with Content-Range: {given}")
+    return int(read[1]), int(read[2])
+
+
+def _reader(
+    uri: str,
+    answer: Mapping[str, Any],
+    part: ByteRange | None,
+    read_chunk: Callable[[int], Awaitable[bytes]],
+) -> ObjectReader:
+    info = _info(uri, answer)
+    if part is None:
+        return ObjectReader(info, read_chunk, checksum=_checksum_of(answer))
+    given = answer.get("ContentRange")
+    if given is None:  # a server that does not know ranges
+        return ObjectReader(info, _cut(read_chunk, part), took_part=False)
+    if _content_range(uri, given)[0] != part.start:
+        raise StoreError("get", uri, f"asked for {part}, and got Content-Range: {given}")
+    return ObjectReader(info, read_chunk)
+
+
+def _without(part: ByteRange, info: ObjectInfo) -> ObjectInfo:
+    """Refuse a description of an object that has bytes in *part* after all."""
+    if part.start < info.size and part.start != part.stop:
+        raise BlobChangedError("get", info.uri, f"it had no {part}, and has {info.size} bytes now")
+    return info
+
+
+def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
+    if etag is not None and info.etag is not None and info.etag != etag:
+        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
+    return info
+
+
+async def _nothing(_size: int) -> bytes:
+    return b""
+
+
+def _cut(
+    read_chunk: Callable[[int], Awaitable[bytes]], part: ByteRange
+) -> Callable[[int], Awaitable[bytes]]:
+    """Read on until *part* begins, and not beyond its end."""
+    position = 0
+
+    async def read_cut(size: int) -> bytes:
+        nonlocal position
+        while part.stop is None or position < part.stop:
+            chunk = await read_chunk(size)
+            before, position = position, position + len(chunk)
+            stop = None if part.stop is None else part.stop - before
+            wanted = chunk[max(part.start - before, 0) : stop]
+            if wanted or not chunk:
+                return wanted
+        return b""
+
+    return read_cut
+
+
+class _BotocoreChecksum:
+    """What botocore compares at the end of a body; it goes on where the body broke off."""
+
+    def __init__(self, running: Any, expected: frozenset[str]) -> None:
+        self._running = running
+        self._expected = expected
+
+    def update(self, chunk: bytes, /) -> None:
+        self._running.update(chunk)
+
+    def is_right(self) -> bool:
+        return self._running.b64digest() in self._expected
+
+
+def _checksum_of(answer: Mapping[str, Any]) -> RunningChecksum | None:
+    running = getattr(answer["Body"], "checksum", None)  # of a body that botocore checks
+    if running is None:
+        return None
+    named = (value for name, value in answer.items() if name.startswith("Checksum"))
+    return _BotocoreChecksum(running, frozenset(named))
+
+
+def _status(answer: Mapping[str, Any]) -> int:
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
 def _misses_source(exc: ClientError, request: CopyRequest) -> bool:
@@ -783,6 +937,9 @@ def _in_utc(moment: datetime | None) -> datetime | None:
 
 def _body_of(payload: Payload) -> bytes | Body:
     return payload.body if payload.size <= SLICE_BYTES else Body([payload.body], payload.size)
+
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
 def _base64(raw: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
+import itertools
 import uuid
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 from .._store._base import (
     DESCRIBING_ARGUMENTS,
     MAX_BYTES_IN_FLIGHT,
+    ByteRange,
     Capabilities,
     CopyRequest,
     DeleteReport,
@@ -30,6 +31,7 @@ from .._store._base import (
     PutRequest,
     Runtime,
     WriteRequest,
+    check_part,
     is_owned,
     owned_uris,
 )
@@ -38,6 +40,7 @@ from .._store._presign import content_disposition, expiry_seconds
 from .._tasks import run_to_end
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
+    BlobChangedError,
     BlobNotFoundError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -54,7 +57,10 @@ if TYPE_CHECKING:
 Operation = Literal[
     "put", "copy", "create", "write", "complete", "abort", "get", "head", "presign", "delete"
 ]
-Stage = Literal["before", "after"]
+Stage = Literal["before", "during", "after"]
+
+
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +70,8 @@ class Step:
     Large objects are written by ``create``, ``write`` (each part) and ``complete`` or ``abort``.
     A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``after`` comes
     when its last chunk was read.
+    A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``during``
+    comes between any two of its chunks, and ``after`` when its last one was read.
     """
 
     operation: Operation
@@ -73,7 +81,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What the store holds of one object; metadata as it was sent."""
+    """What the store holds of one object; metadata as it was sent.
+
+    Each one has an ETag of its own, also where its bytes are those of another one.
+    """
 
     body: bytes
     metadata: Mapping[str, str]
@@ -81,6 +92,7 @@ class StoredObject:
     modified_at: datetime = dataclasses.field(
         default_factory=lambda: datetime.now(timezone.utc), compare=False
     )
+    etag: str = dataclasses.field(default_factory=lambda: f'"{next(_numbers):032x}"', compare=False)
 
 
 @dataclasses.dataclass(slots=True)
@@ -110,7 +122,12 @@ class MemoryStore:
     """
 
     capabilities = Capabilities(
-        parts_at_once=4, whole_checksum=True, put_arguments=True, if_match=True, uploads=True
+        parts_at_once=4,
+        whole_checksum=True,
+        put_arguments=True,
+        if_match=True,
+        presigned_get=True,
+        uploads=True,
     )
 
     def __init__(
@@ -189,11 +206,12 @@ class MemoryStore:
 
         Args:
             operation: which ones.
-            stage: ``before`` they take effect, or ``after`` (the answer is lost).
+            stage: ``before`` they take effect, ``during`` a reading (the connection is lost
+                between two chunks), or ``after`` (the answer is lost).
             containing: only URIs with this text.
             times: how often; always by default.
             error: makes the error from operation and URI. By default a definite refusal
-                ``before``, and an unanswered request ``after``.
+                ``before``, and an unanswered request else.
         """
         left = [times]
 
@@ -206,6 +224,8 @@ class MemoryStore:
                 left[0] -= 1
             if error is not None:
                 raise error(operation, step.uri)
+            if stage == "during":
+                raise StoreUnavailableError(operation, step.uri, "it broke off (injected)")
             if stage == "after":
                 raise StoreUnavailableError(operation, step.uri, "the answer was lost (injected)")
             raise StoreError(operation, step.uri, "InvalidRequest (injected)")
@@ -298,15 +318,26 @@ class MemoryStore:
         return stored.body
 
     @contextlib.asynccontextmanager
-    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
-        """Read one object chunk by chunk, as it is at this moment."""
+    async def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AsyncIterator[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk, as it is at this moment."""
+        if part is not None:
+            check_part(part)
+        start, stop = part or ByteRange(0)
         self._note("get", [uri])
         await self._step("get", "before", uri)
         stored = self._found("get", uri)
-        body = io.BytesIO(stored.body)
+        if etag is not None and etag != stored.etag:
+            raise BlobChangedError("get", uri, f"it is {stored.etag}, not {etag}")
+        position, end = start, len(stored.body) if stop is None else min(stop, len(stored.body))
 
         async def read_chunk(size: int) -> bytes:
-            chunk = body.read(size)
+            nonlocal position
+            if start < position < end:
+                await self._step("get", "during", uri)
+            chunk = stored.body[position : min(position + size, end)]
+            position += len(chunk)
             if not chunk:
                 await self._step("get", "after", uri)
             return chunk
@@ -463,6 +494,7 @@ def _info(uri: str, stored: StoredObject) -> ObjectInfo:
         decode_metadata(stored.metadata),
         content_type=stored.arguments.get("ContentType"),
         modified_at=stored.modified_at,
+        etag=stored.etag,
     )
 
 
