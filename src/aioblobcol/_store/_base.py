@@ -403,7 +403,8 @@ class Store(Protocol):
 
         Args:
             uri: the object.
-            part: which bytes; all by default. The reader's ``info.size`` is the whole object's.
+            part: which bytes; all by default, none beyond the object's end. The reader's
+                ``info.size`` is the whole object's.
             etag: read it only if it is still this version (`ObjectInfo.etag`), where the store
                 has ``capabilities.if_match``.
 

@@ -33,6 +33,8 @@ from obstore.exceptions import BaseError
 from .._sources import PART_BYTES
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
+    BlobChangedError,
+    BlobNotFoundError,
     InvalidInputError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -341,7 +343,7 @@ class ObstoreStore:
         """Read one object, or a part of it, chunk by chunk; leaving early ends the request.
 
         A connection that drops is taken up again by obstore, at the byte where it broke and only
-        if the object is still the same.
+        if the object is still the same. Beyond the object's end there are no bytes.
 
         Raises:
             BlobNotFoundError, BlobChangedError: raised on entering.
@@ -354,9 +356,18 @@ class ObstoreStore:
             options["range"] = {"offset": start} if stop is None else (start, stop)
         if etag is not None:
             options["if_match"] = etag
-        with translating("get", uri):
-            answer = await obstore.get_async(self.client, key, options=options or None)  # type: ignore[arg-type]  # a TypedDict
-            chunks = Chunks(uri, answer.stream(STREAM_BYTES))
+        try:
+            with translating("get", uri):
+                answer = await obstore.get_async(self.client, key, options=options or None)  # type: ignore[arg-type]  # a TypedDict
+                chunks = Chunks(uri, answer.stream(STREAM_BYTES))
+        except (BlobNotFoundError, BlobChangedError):
+            raise
+        except StoreError:
+            info = None if part is None else await self.head(uri)
+            if info is None or part is None or part.start < info.size:
+                raise
+            yield ObjectReader(info, _nothing)  # beyond the end, which backends refuse
+            return
         reader = ObjectReader(_info(uri, answer), chunks.read)
         del answer  # the stream alone holds the connection
         try:
@@ -674,3 +685,7 @@ def _info(uri: str, answer: Any) -> ObjectInfo:
         modified_at=meta["last_modified"],
         etag=meta["e_tag"],
     )
+
+
+async def _nothing(_size: int) -> bytes:
+    return b""

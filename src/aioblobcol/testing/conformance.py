@@ -210,13 +210,14 @@ class StoreConformance:
             assert await reader.read() == BODY[part.start : part.stop]
 
     async def test_a_part_beyond_the_end(self, store: Store) -> None:
-        """Bytes after the last one cannot be read."""
-        uri = uri_of(store)
+        """After the last byte there are none."""
+        uri, empty = uri_of(store), uri_of(store, "empty/id=1")
         await put(store, uri, BODY)
-
-        with pytest.raises(StoreError):
-            async with store.open(uri, part=ByteRange(len(BODY) + 1)) as reader:
-                await reader.read()
+        await put(store, empty, b"")
+        for each, start in ((uri, len(BODY)), (uri, len(BODY) + 1), (empty, 0)):
+            async with store.open(each, part=ByteRange(start, start + 5)) as reader:
+                assert await reader.read() == b""
+                assert reader.info.size == (0 if each == empty else len(BODY))
 
     async def test_the_same_version(self, store: Store) -> None:
         """A read can be tied to a version: it is refused once the object was overwritten."""
