@@ -220,10 +220,14 @@ class ByteRange(NamedTuple):
 
 
 class ListedObject(NamedTuple):
-    """What a listing tells of an object: its URI, and its size in bytes."""
+    """What a listing tells of an object: its URI, its size in bytes, and when it was stored.
+
+    The time is aware, in UTC; None unless it was asked for.
+    """
 
     uri: str
     size: int
+    modified_at: datetime | None = None
 
 
 class RunningChecksum(Protocol):
@@ -450,12 +454,15 @@ class Store(Protocol):
     def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix."""
 
-    def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix in the order of the bytes of their URIs.
 
         Args:
             start_after: a URI under the prefix, whether it is there or not: only what comes
                 after it is listed.
+            with_times: tell when they were stored, which makes a listing slower.
 
         Raises:
             StoreError: the listing could not be read to its end.

@@ -447,7 +447,9 @@ class ObstoreStore:
             async for each in listed:
                 yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, 1,000 per request.
 
         Files are listed by the directory and sorted, so that all their names are held at once.
@@ -456,7 +458,9 @@ class ObstoreStore:
             StoreError: the listing could not be read to its end; also for a key that obstore
                 cannot name (with ``//`` in it, such as other programs write).
         """
-        async with contextlib.aclosing(self._iter_pages(start_after)) as pages:
+        async with contextlib.aclosing(
+            self._iter_pages(start_after, with_times=with_times)
+        ) as pages:
             if self._backend.is_sorted:
                 async for page in pages:
                     for each in page:
@@ -488,7 +492,9 @@ class ObstoreStore:
                 raise
             return info, Chunks(uri, None)
 
-    async def _iter_pages(self, start_after: str) -> AsyncGenerator[list[ListedObject], None]:
+    async def _iter_pages(
+        self, start_after: str, *, with_times: bool
+    ) -> AsyncGenerator[list[ListedObject], None]:
         root, base = root_uri(self._bucket, self._prefix), f"s3://{self._bucket}/"
         first = start_after.encode()
         offset = start_after.removeprefix(base) or None
@@ -502,7 +508,14 @@ class ObstoreStore:
                     page = await anext(pages)
                 except StopAsyncIteration:
                     return
-            listed = [ListedObject(base + each["path"], each["size"]) for each in page]
+            listed = [
+                ListedObject(
+                    base + each["path"],
+                    each["size"],
+                    each["last_modified"] if with_times else None,
+                )
+                for each in page
+            ]
             # a backend may filter by names that it has normalized
             yield [each for each in listed if each.uri.encode() > first]
 

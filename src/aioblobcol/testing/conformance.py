@@ -339,6 +339,9 @@ class StoreConformance:
 
         assert found == [(uri_of(store, name), size) for size, name in enumerate(SORTED_NAMES)]
         assert await listed(store) == [uri_of(store, name) for name in SORTED_NAMES]
+        times = [each.modified_at async for each in store.iter_objects(with_times=True)]
+        assert len(times) == len(SORTED_NAMES)
+        assert all(at is not None and at.utcoffset() == timedelta(0) for at in times)
 
     async def test_listings_from_somewhere_on(self, store: Store) -> None:
         """A listing can begin after any URI, whether the object is there or not."""
