@@ -181,9 +181,7 @@ class Chunks:
 
 def _chunk_bytes(size: int | None) -> int:
     """Return how large parts are; of an unknown size, such that it may have 78 GiB."""
-    if size is None:
-        return PART_BYTES
-    mebibytes = -(-size // (MAX_PARTS * 2**20))
+    mebibytes = -(-(size or 0) // (MAX_PARTS * 2**20))
     return max(PART_BYTES, mebibytes * 2**20)
 
 
