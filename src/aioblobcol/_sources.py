@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import hashlib
 import inspect
+import io
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
@@ -149,8 +150,15 @@ def is_binary_file(source: object) -> TypeGuard[BinaryFile]:
     """Tell whether *source* is a file that is open in binary mode, or looks like one."""
     if isinstance(source, (type, bytes, bytearray, memoryview, str, Path)):
         return False
-    is_text = isinstance(getattr(source, "encoding", None), str)
-    return not is_text and not is_async_source(source) and callable(getattr(source, "read", None))
+    return (
+        not _gives_text(source)
+        and not is_async_source(source)
+        and callable(getattr(source, "read", None))
+    )
+
+
+def _gives_text(source: object) -> bool:
+    return isinstance(source, io.TextIOBase) or isinstance(getattr(source, "encoding", None), str)
 
 
 def check_source(source: object, *, column: str) -> int | None:
@@ -172,7 +180,7 @@ def check_source(source: object, *, column: str) -> int | None:
         )
     elif is_async_source(source) or is_binary_file(source):
         size = None
-    elif isinstance(getattr(source, "encoding", None), str):
+    elif _gives_text(source):
         raise InvalidSourceError(
             f"column {column!r}: {type(source).__name__} gives text, open the file in binary mode"
         )

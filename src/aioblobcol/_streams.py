@@ -71,7 +71,7 @@ def part_bytes(number: int, *, total: int | None, least: int = PART_BYTES) -> in
     """
     if total is not None:
         equal = -(-total // MAX_PARTS)
-        return max(least, -(-equal // _MIB) * _MIB)
+        return least if equal <= least else -(-equal // _MIB) * _MIB
     return least + max(0, number - EQUAL_PARTS) * GROWTH_BYTES
 
 
@@ -188,7 +188,7 @@ class PartReader:
         """
         limit = self.next_bytes()
         await self._fill(limit + 1)
-        self.head = bytes(self._buffer[0][:HEAD_BYTES]) if self._buffer else b""
+        self.head = b"".join(piece[:HEAD_BYTES] for piece in self._buffer[:HEAD_BYTES])[:HEAD_BYTES]
         if self._buffered > limit:
             return None
         pieces = self._take(limit)
@@ -295,8 +295,9 @@ class BufferPuller:
     """Bytes in memory; those of a mutable buffer are copied as they are read."""
 
     def __init__(self, source: bytes | bytearray | memoryview) -> None:
-        self._view = memoryview(source).cast("B")
-        self._is_mutable = not isinstance(source, bytes)
+        view = memoryview(source)
+        self._view = (view if view.contiguous else memoryview(bytes(view))).cast("B")
+        self._is_mutable = not view.readonly or not isinstance(view.obj, bytes)
         self._position = 0
 
     async def pull(self, size: int) -> Pieces:

@@ -106,6 +106,7 @@ class Capabilities:
             ``parts_held``.
         parts_held: how many parts a writer keeps in memory after ``write`` has returned.
         whole_checksum: a large object's CRC32 is sent, and compared by the server.
+        metadata: content type and metadata are kept with the object, and `ObjectInfo` has them.
         put_arguments: it takes any argument of ``put_object``; otherwise ``ContentType`` and
             what its documentation names.
         if_match: a read can be tied to the version that another one has seen.
@@ -119,6 +120,7 @@ class Capabilities:
     parts_at_once: int = 1
     parts_held: int = 0
     whole_checksum: bool = False
+    metadata: bool = True
     put_arguments: bool = False
     if_match: bool = False
     presigned_get: bool = False
@@ -218,10 +220,14 @@ class ByteRange(NamedTuple):
 
 
 class ListedObject(NamedTuple):
-    """What a listing tells of an object: its URI, and its size in bytes."""
+    """What a listing tells of an object: its URI, its size in bytes, and when it was stored.
+
+    The time is aware, in UTC; None unless it was asked for.
+    """
 
     uri: str
     size: int
+    modified_at: datetime | None = None
 
 
 class RunningChecksum(Protocol):
@@ -448,12 +454,15 @@ class Store(Protocol):
     def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix."""
 
-    def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix in the order of the bytes of their URIs.
 
         Args:
             start_after: a URI under the prefix, whether it is there or not: only what comes
                 after it is listed.
+            with_times: tell when they were stored, which makes a listing slower.
 
         Raises:
             StoreError: the listing could not be read to its end.

@@ -558,7 +558,9 @@ class S3Store:
             async for each in listed:
                 yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, 1,000 per request.
 
         In the order of the keys' bytes, as S3 has it; directory buckets have no order.
@@ -576,14 +578,19 @@ class S3Store:
             # any key that was listed, also one that the library would refuse
             arguments["StartAfter"] = start_after.removeprefix(f"s3://{self._bucket}/")
         while True:
-            token = _keys_and_sizes_suffice.set(True)
+            token = _keys_and_sizes_suffice.set(not with_times)
             try:
                 with translating("list", root):
                     page = await self.client.list_objects_v2(**arguments)
             finally:
                 _keys_and_sizes_suffice.reset(token)
             for entry in page.get("Contents", ()):
-                yield ListedObject(f"s3://{self._bucket}/{entry['Key']}", entry["Size"])
+                at: datetime | None = entry["LastModified"] if with_times else None
+                yield ListedObject(
+                    f"s3://{self._bucket}/{entry['Key']}",
+                    entry["Size"],
+                    None if at is None else at.astimezone(timezone.utc),
+                )
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]

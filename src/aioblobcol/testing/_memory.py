@@ -394,13 +394,16 @@ class MemoryStore:
         async for each in self.iter_objects():
             yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, as they are at this moment."""
         self.runtime  # noqa: B018 - raises when closed
-        sizes = {uri: len(stored.body) for uri, stored in self.objects.items()}
-        for uri in sorted(sizes, key=str.encode):
+        found = dict(self.objects)
+        for uri in sorted(found, key=str.encode):
             if uri > start_after and is_owned(self, uri):
-                yield ListedObject(uri, sizes[uri])
+                at = found[uri].modified_at if with_times else None
+                yield ListedObject(uri, len(found[uri].body), at)
 
     async def _store(
         self, operation: Literal["put", "copy", "complete"], uri: str, stored: StoredObject
