@@ -210,14 +210,24 @@ class StoreConformance:
             assert reader.info.size == len(BODY)
             assert await reader.read() == BODY[part.start : part.stop]
 
-    async def test_a_part_beyond_the_end(self, store: Store) -> None:
-        """Bytes after the last one cannot be read."""
+    @pytest.mark.parametrize("beyond", [0, 1, 99])
+    async def test_a_part_beyond_the_end(self, store: Store, beyond: int) -> None:
+        """A part that begins at the end, or has no length, has no bytes; nor has any of nothing."""
         uri = uri_of(store)
-        await put(store, uri, BODY)
+        for body in (BODY, b""):
+            await put(store, uri, body)
+            start = len(body) + beyond
+            for part in (ByteRange(start), ByteRange(start, start + 5), ByteRange(0, 0)):
+                async with store.open(uri, part=part) as reader:
+                    assert reader.info.size == len(body)
+                    assert await reader.read() == b""
 
-        with pytest.raises(StoreError):
-            async with store.open(uri, part=ByteRange(len(BODY) + 1)) as reader:
-                await reader.read()
+    @pytest.mark.parametrize("part", [ByteRange(-1), ByteRange(0, -1), ByteRange(5, 4)])
+    async def test_what_is_no_part(self, store: Store, part: ByteRange) -> None:
+        """A range that no object has is refused."""
+        with pytest.raises(InvalidInputError):
+            async with store.open(uri_of(store), part=part):
+                pass
 
     async def test_the_same_version(self, store: Store) -> None:
         """A read can be tied to a version: it is refused once the object was overwritten."""
