@@ -49,7 +49,9 @@ from ._base import (
     Runtime,
     WriteRequest,
     check_part,
+    no_bytes,
     owned_uris,
+    unchanged,
 )
 from ._body import SLICE_BYTES, Body
 from ._errors import from_answer, translating, was_retried
@@ -442,7 +444,7 @@ class S3Store:
         answer = await self._get_part(uri, part, etag)
         if answer is None:
             assert part is not None
-            yield ObjectReader(_without(part, _unchanged(await self.head(uri), etag)), _nothing)
+            yield ObjectReader(_without(part, unchanged(await self.head(uri), etag)), no_bytes)
             return
         async with answer["Body"] as body:
 
@@ -452,7 +454,7 @@ class S3Store:
                 return chunk
 
             reader = _reader(uri, answer, part, read_chunk)
-            _unchanged(reader.info, etag)
+            unchanged(reader.info, etag)
             try:
                 yield reader
             finally:
@@ -869,16 +871,6 @@ def _without(part: ByteRange, info: ObjectInfo) -> ObjectInfo:
     if part.start < info.size and part.start != part.stop:
         raise BlobChangedError("get", info.uri, f"it had no {part}, and has {info.size} bytes now")
     return info
-
-
-def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
-    if etag is not None and info.etag is not None and info.etag != etag:
-        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
-    return info
-
-
-async def _nothing(_size: int) -> bytes:
-    return b""
 
 
 def _cut(
