@@ -260,17 +260,16 @@ class _Pull:
         self._version = version
         self._context: AbstractAsyncContextManager[ObjectReader] | None = None
         self._reader: ObjectReader | None = None
-        self._position = self._stop = part.start
+        self._position = part.start
+        self._stop = part.start if version is None else _end_of(part, version)
         self._failures = 0
         self._was_resumed = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a request is under way."""
-        return self._reader is not None
-
     def another(self, part: ByteRange, version: ObjectInfo) -> _Pull:
-        """Return what reads another part of the same object, in the same version."""
+        """Return what reads another part of the same object, in the same version.
+
+        Its first chunk sends its first request.
+        """
         return _Pull(self._store, self._uri, part, version=version)
 
     async def open(self) -> ObjectInfo:
@@ -278,25 +277,24 @@ class _Pull:
         reader = await self._send()
         info = reader.info
         self.took_part, self.checksum = reader.took_part, reader.checksum
-        end = info.size if self.part.stop is None else min(self.part.stop, info.size)
-        self._stop = max(self.part.start, end)
+        self._stop = _end_of(self.part, info)
         return info
 
     async def chunk(self) -> bytes:
         """Return the next bytes; ``b""`` at the end."""
-        while True:
+        while self._position < self._stop:
             try:
-                chunk = await self._read()
+                return self._counted(await self._read())
             except StoreUnavailableError as exc:
                 await self.close()
-                if self._position == self._stop:  # nothing is missing
-                    return self._ended()
                 self._failures += 1
                 if self._failures > RESUMPTIONS:
                     raise
                 await self._wait(exc)
-            else:
-                return self._counted(chunk) if chunk else self._ended()
+        # not by one more read, in which the store would compare: the end may be another request's
+        if self.checksum is not None and not self.checksum.is_right():
+            raise BlobCorruptedError("get", self._uri, "not what the server's checksum says")
+        return b""
 
     async def close(self) -> None:
         """End the request."""
@@ -306,15 +304,13 @@ class _Pull:
 
     async def _read(self) -> bytes:
         if self._reader is None:
-            if self._position == self._stop:
-                return b""
             self._was_resumed = True
             await self._send()
-        assert self._reader is not None
-        chunk = await self._bounded(anext(self._reader, b""))
-        if not chunk and self._position < self._stop:  # no length was announced
-            raise self._unavailable(f"it ended at byte {self._position} of {self._stop}")
-        return chunk
+            assert self._reader is not None
+        try:
+            return await self._bounded(self._reader.__anext__())
+        except StopAsyncIteration:
+            raise self._unavailable(f"it ended at byte {self._position} of {self._stop}") from None
 
     async def _send(self) -> ObjectReader:
         version = self._version
@@ -359,15 +355,13 @@ class _Pull:
             self.checksum.update(chunk)
         return chunk
 
-    def _ended(self) -> bytes:
-        """Compare what the store could not, for its request was not the last one."""
-        was_compared = self._reader is not None and not self._was_resumed
-        if self.checksum is not None and not was_compared and not self.checksum.is_right():
-            raise BlobCorruptedError("get", self._uri, "not what the server's checksum says")
-        return b""
-
     def _unavailable(self, reason: str) -> StoreUnavailableError:
         return StoreUnavailableError("get", self._uri, reason)
+
+
+def _end_of(part: ByteRange, info: ObjectInfo) -> int:
+    stop = info.size if part.stop is None else min(part.stop, info.size)
+    return max(part.start, stop)
 
 
 def _check_version(now: ObjectInfo, first: ObjectInfo) -> None:
@@ -396,10 +390,9 @@ class _Reading:
         on_progress: OnProgress | None = None,
     ) -> None:
         _check_size(info, size)
-        start, stop = source.part
-        end = info.size if stop is None else min(stop, info.size)
+        start, end = source.part.start, _end_of(source.part, info)
         self._source = source
-        self._progress = _Progress(on_progress, max(end - start, 0))
+        self._progress = _Progress(on_progress, end - start)
         self._sum: _Sha256 | None = None
         expected = _known_sha256(info, sha256)
         if expected is not None and source.checksum is None and (start, end) == (0, info.size):
@@ -524,8 +517,6 @@ class _Lane:
 
     async def _fill(self) -> None:
         try:
-            if not self._pull.is_open:
-                await self._pull.open()
             while chunk := await self._pull.chunk():
                 self._chunks.put_nowait(chunk)
         finally:
@@ -686,8 +677,6 @@ class _Download:
             return read
 
         try:
-            if not pull.is_open:
-                await pull.open()
             await self._write(chunk, position=pull.part.start)
         finally:
             await pull.close()

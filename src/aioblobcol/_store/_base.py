@@ -106,6 +106,7 @@ class Capabilities:
             ``parts_held``.
         parts_held: how many parts a writer keeps in memory after ``write`` has returned.
         whole_checksum: a large object's CRC32 is sent, and compared by the server.
+        metadata: content type and metadata are kept with the object, and `ObjectInfo` has them.
         put_arguments: it takes any argument of ``put_object``; otherwise ``ContentType`` and
             what its documentation names.
         if_match: a read can be tied to the version that another one has seen.
@@ -119,6 +120,7 @@ class Capabilities:
     parts_at_once: int = 1
     parts_held: int = 0
     whole_checksum: bool = False
+    metadata: bool = True
     put_arguments: bool = False
     if_match: bool = False
     presigned_get: bool = False
