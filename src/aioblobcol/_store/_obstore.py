@@ -30,6 +30,7 @@ from urllib.parse import unquote
 import obstore
 from obstore.exceptions import BaseError
 
+from .._sources import PART_BYTES
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
     InvalidInputError,
@@ -41,7 +42,6 @@ from ..errors import (
 from ._base import (
     COPY_SECONDS,
     MAX_BYTES_IN_FLIGHT,
-    PART_BYTES,
     SLOWEST_BYTES_PER_SECOND,
     ByteRange,
     Capabilities,
@@ -453,7 +453,12 @@ class ObstoreStore:
             async for each in listed:
                 yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self,
+        *,
+        start_after: str = "",
+        with_times: bool = False,  # noqa: ARG002 - they are free here
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, 1,000 per request.
 
         Files are listed by the directory and sorted, so that all their names are held at once.
@@ -486,7 +491,10 @@ class ObstoreStore:
                     page = await anext(pages)
                 except StopAsyncIteration:
                     return
-            listed = [ListedObject(base + each["path"], each["size"]) for each in page]
+            listed = [
+                ListedObject(base + each["path"], each["size"], each["last_modified"])
+                for each in page
+            ]
             # a backend may filter by names that it has normalized
             yield [each for each in listed if each.uri.encode() > first]
 

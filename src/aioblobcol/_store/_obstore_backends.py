@@ -16,11 +16,14 @@ from urllib.request import url2pathname
 
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
-from .._sources import MAX_PUT_BYTES
+from .._sources import PART_BYTES
 from ..errors import InvalidInputError
-from ._base import PART_BYTES, SLOWEST_BYTES_PER_SECOND
+from ._base import SLOWEST_BYTES_PER_SECOND
 
 ATTEMPTS: Final = 3
+LONGEST_BODY_BYTES: Final = 5 * 2**30
+"""Of one request; a longer reading is cut, and resumed."""
+
 ANSWER_SECONDS: Final = 30
 
 _REMOTE: Final[Mapping[str, Any]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
@@ -152,7 +155,7 @@ def _endpoint(config: Mapping[str, Any]) -> str:
 
 
 def _client_options(request_seconds: float) -> dict[str, Any]:
-    longest = request_seconds + MAX_PUT_BYTES / SLOWEST_BYTES_PER_SECOND
+    longest = request_seconds + LONGEST_BODY_BYTES / SLOWEST_BYTES_PER_SECOND
     part = ANSWER_SECONDS + PART_BYTES / SLOWEST_BYTES_PER_SECOND
     return {
         "connect_timeout": timedelta(seconds=5),

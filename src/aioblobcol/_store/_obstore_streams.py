@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import obstore
 
+from .._sources import PART_BYTES
 from .._tasks import run_to_end
 from ..errors import InvalidInputError, StoreError
-from ._base import COPY_SECONDS, PART_BYTES, SLOWEST_BYTES_PER_SECOND
+from ._base import COPY_SECONDS, SLOWEST_BYTES_PER_SECOND
 from ._obstore_errors import translating
 
 if TYPE_CHECKING:

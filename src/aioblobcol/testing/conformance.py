@@ -32,9 +32,8 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
-from .._sources import Part, Payload
+from .._sources import PART_BYTES, Part, Payload
 from .._store._base import (
-    PART_BYTES,
     READ_CHUNK_BYTES,
     ByteRange,
     CopyRequest,
