@@ -131,6 +131,23 @@ class TestRequests:
         assert "x-amz-trailer" not in headers
         assert headers["user-agent"].startswith("aioblobcol/")
 
+    @pytest.mark.parametrize(("size", "is_file"), [(0, False), (65_536, False), (65_537, True)])
+    async def test_a_small_body_is_sent_at_once(
+        self, s3_store: S3Store, size: int, *, is_file: bool
+    ) -> None:
+        """Up to 64 KiB a body reaches the socket as it is; a larger one as a file, in pieces."""
+        bodies: list[Any] = []
+
+        def note(params: dict[str, Any], **_: Any) -> None:
+            bodies.append(params["body"])
+
+        s3_store.client.meta.events.register("before-call.s3.PutObject", note)
+        call = PutS3ApiCall("html", bytes(size), None)
+        put = await put_s3(pk="u", api_calls=[call], store=s3_store)
+
+        assert [hasattr(body, "read") for body in bodies] == [is_file]
+        assert await s3_store.get(put.to_values()["html"]) == bytes(size)
+
     async def test_compat_generic(self, proxy: S3Proxy, s3: S3Server, s3_store: S3Store) -> None:
         """The preset `generic` sends Content-MD5 with PUT and DeleteObjects, no new checksums."""
         async with through(proxy, s3, s3_store, compat="generic") as store:
