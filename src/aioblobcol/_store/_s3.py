@@ -467,7 +467,7 @@ class S3Store:
         return session.create_client("s3", **arguments, config=config)
 
     def _put_arguments(self, request: PutRequest) -> dict[str, Any]:
-        bucket, key = split_s3_uri(request.uri)
+        bucket, _, key = request.uri.removeprefix("s3://").partition("/")  # we have made it
         return {
             **request.arguments,
             "Bucket": bucket,
