@@ -126,7 +126,6 @@ class MemoryStore:
         whole_checksum=True,
         put_arguments=True,
         if_match=True,
-        presigned_get=True,
         uploads=True,
     )
 
