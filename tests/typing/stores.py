@@ -17,5 +17,5 @@ async def opening() -> None:
         assert_type(await as_any_other.get("s3://b/p/k"), bytes)
 
     open_obstore("s3://b", config={"region": "us-east-1"}, max_bytes_in_flight=2**24)
-    open_obstore("s3://b", "p")  # type: ignore[misc]
+    open_obstore("s3://b", "p")  # type: ignore[call-arg]
     open_obstore(url=1)  # type: ignore[arg-type]
