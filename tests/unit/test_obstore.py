@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from aioblobcol._store._base import CopyRequest, WriteRequest
 from aioblobcol._store._obstore_backends import HttpOptions, remote, split_url
 from aioblobcol._store._obstore_errors import translated, translating
 from aioblobcol._store._obstore_streams import MAX_PARTS, _chunk_bytes, _pieces
+from aioblobcol._store._obstore_threads import Watch
 from aioblobcol.obstore import open_obstore
 from aioblobcol.testing.conformance import BODY, listed, put, put_request, uri_of
 
@@ -332,6 +334,51 @@ class TestFiles:
             await put(store, uri_of(store, "id=1"), BODY)
 
             assert await listed(store) == [uri_of(store, "id=1")]
+
+
+class TestWatch:
+    async def test_what_is_held(self) -> None:
+        """Buffers and ended futures are held until nobody has them; a future on its way is not."""
+        watch = Watch(keeps_buffers=False)
+        pending, done = asyncio.Future[None](), asyncio.Future[None]()
+        done.set_result(None)
+        view = watch.view(b"x")
+        for each in (pending, done):
+            watch.over(each)
+        assert len(watch) == 2
+        del view, done, each
+        assert len(watch) == 0
+        pending.cancel()
+        assert len(watch) == 1
+
+    async def test_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Closing waits for what is held, and not for ever."""
+        watch = Watch(keeps_buffers=False)
+        held: list[Any] = [watch.view(b"x")]
+        waiting = asyncio.create_task(watch.settled("any"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        held.clear()
+        await waiting
+
+        held.append(watch.view(b"x"))
+        monkeypatch.setattr("aioblobcol._store._obstore_threads.SETTLE_SECONDS", 0)
+        await watch.settled("any")
+
+    async def test_nothing_is_held_in_the_end(self, tmp_path: Path) -> None:
+        """After its use a store holds nothing, whatever was done with it."""
+        async with open_obstore(tmp_path.as_uri(), prefix="p") as store:
+            uri = uri_of(store)
+            await put(store, uri, bytes(PART_BYTES))
+            async with store.open_writer(WriteRequest("c", uri_of(store, "id=2"), {})) as writer:
+                await writer.write(Part(1, [bytes(PART_BYTES)], PART_BYTES, 0))
+                writer.finish(0)
+            async with store.open(uri) as reader:
+                await anext(reader)
+            await listed(store)
+            with contextlib.suppress(StoreError):
+                await store.get(uri_of(store, "missing"))
+        assert len(store._watch) == 0
 
 
 def test_it_works_in_one_loop_after_another() -> None:

@@ -9,11 +9,14 @@ from types import ModuleType
 import pytest
 
 import aioblobcol
+import aioblobcol.obstore
 import aioblobcol.testing
 from aioblobcol import aws_s3
 
 PUBLIC = [
-    (module, name) for module in (aioblobcol, aws_s3, aioblobcol.testing) for name in module.__all__
+    (module, name)
+    for module in (aioblobcol, aws_s3, aioblobcol.obstore, aioblobcol.testing)
+    for name in module.__all__
 ]
 
 # Source: sqlalchemy_mate, sqlalchemy_mate/patterns/large_binary_column/aws_s3.py and helpers.py

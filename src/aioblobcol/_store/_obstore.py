@@ -71,6 +71,7 @@ from ._obstore_backends import (
 )
 from ._obstore_errors import is_missing, is_unanswered, translated, translating
 from ._obstore_streams import PARTS_HELD, STREAM_BYTES, Chunks, ObstoreWriter
+from ._obstore_threads import Watch
 from ._presign import expiry_seconds
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class ObstoreStore:
         self._client_once: Any = None
         self._runtime: Runtime | None = None
         self._entered = False
+        self._watch = Watch(keeps_buffers=backend.name == "memory")
         self._capabilities = Capabilities(
             parts_at_once=1,
             parts_held=PARTS_HELD,
@@ -171,8 +173,10 @@ class ObstoreStore:
         try:
             await runtime.close(drain_seconds=self._drain_seconds)
         finally:
+            client = self._client
             self._client = self._client_once = self._runtime = None
             self._entered = False
+            await self._watch.settled(client)
 
     @property
     def bucket(self) -> str:
@@ -258,7 +262,8 @@ class ObstoreStore:
         attributes = self._attributes(request.metadata, request.arguments)
 
         def send() -> Awaitable[Any]:
-            return obstore.put_async(client, key, body, attributes=attributes, use_multipart=False)
+            view = self._watch.view(body)
+            return obstore.put_async(client, key, view, attributes=attributes, use_multipart=False)
 
         seconds = ANSWER_SECONDS + len(body) / SLOWEST_BYTES_PER_SECOND
         return await self._repeated("put", request.uri, send, seconds=seconds)
@@ -282,6 +287,7 @@ class ObstoreStore:
             size=request.size,
             has_part_limit=self._backend.is_remote,
             request_seconds=self._request_seconds,
+            watch=self._watch,
         )
         try:
             yield writer
@@ -333,8 +339,8 @@ class ObstoreStore:
         """
         key = self._key("get", uri)
         with translating("get", uri):
-            answer = await obstore.get_async(self.client, key)
-            return bytes(await answer.bytes_async())
+            answer = await self._watch.over(obstore.get_async(self.client, key))
+            return bytes(await self._watch.over(answer.bytes_async()))
 
     @contextlib.asynccontextmanager
     async def open(
@@ -369,7 +375,9 @@ class ObstoreStore:
         key = self._key("head", uri)
         with translating("head", uri):
             # obstore.head_async tells no metadata
-            answer = await obstore.get_async(self.client, key, options={"head": True})
+            answer = await self._watch.over(
+                obstore.get_async(self.client, key, options={"head": True})
+            )
         return _info(uri, answer)
 
     async def presign(
@@ -393,8 +401,8 @@ class ObstoreStore:
                 "use `open_store`"
             )
         with translating("presign", uri):
-            return await obstore.sign_async(
-                self.client, "GET", key, expires_in=timedelta(seconds=seconds)
+            return await self._watch.over(
+                obstore.sign_async(self.client, "GET", key, expires_in=timedelta(seconds=seconds))
             )
 
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
@@ -476,21 +484,22 @@ class ObstoreStore:
         if part is not None:
             check_part(part)
         if part is not None and part.start == part.stop:
-            return _unchanged(await self.head(uri), etag), Chunks(uri, None)
+            return _unchanged(await self.head(uri), etag), Chunks(uri, None, self._watch)
         key, options = self._key("get", uri), _get_options(part, etag)
         try:
             with translating("get", uri):
-                answer = await obstore.get_async(self.client, key, options=options)  # type: ignore[arg-type]  # a TypedDict
-                return _unchanged(_info(uri, answer), etag), Chunks(
-                    uri, answer.stream(STREAM_BYTES)
+                answer = await self._watch.over(
+                    obstore.get_async(self.client, key, options=options)  # type: ignore[arg-type]  # a TypedDict
                 )
+                info = _unchanged(_info(uri, answer), etag)
+                return info, Chunks(uri, answer.stream(STREAM_BYTES), self._watch)
         except StoreError as exc:
             if part is None or type(exc) is not StoreError:
                 raise
             info = _unchanged(await self.head(uri), etag)
             if part.start < info.size:
                 raise
-            return info, Chunks(uri, None)
+            return info, Chunks(uri, None, self._watch)
 
     async def _iter_pages(
         self, start_after: str, *, with_times: bool
@@ -505,7 +514,7 @@ class ObstoreStore:
         while True:
             with translating("list", root):
                 try:
-                    page = await anext(pages)
+                    page = await self._watch.over(anext(pages))
                 except StopAsyncIteration:
                     return
             listed = [
@@ -523,7 +532,8 @@ class ObstoreStore:
         """Return what could not be deleted and why; None if obstore does not tell which."""
         try:
             with translating("delete", uris[0]):
-                await obstore.delete_async(client, [self._key("delete", uri) for uri in uris])
+                keys = [self._key("delete", uri) for uri in uris]
+                await self._watch.over(obstore.delete_async(client, keys))
         except StoreError as exc:
             # an answer is about one key of many, or about the request: one by one it is told
             return dict.fromkeys(uris, exc.code) if is_unanswered(exc) else None
@@ -593,7 +603,7 @@ class ObstoreStore:
             try:
                 with translating(operation, uri):
                     async with asyncio.timeout(seconds):
-                        await send()
+                        await self._watch.over(send())
             except StoreUnavailableError:
                 if attempt == self._attempts:
                     raise

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator, Mapping, Sequence
 
     from .._sources import Part
+    from ._obstore_threads import Watch
 
 logger = logging.getLogger("aioblobcol.store")
 
@@ -57,8 +58,10 @@ class ObstoreWriter:
         size: int | None,
         has_part_limit: bool,
         request_seconds: float,
+        watch: Watch,
     ) -> None:
         self._uri = uri
+        self._watch = watch
         self._chunk_bytes = _chunk_bytes(size)
         self._has_part_limit = has_part_limit
         self._request_seconds = request_seconds
@@ -122,7 +125,7 @@ class ObstoreWriter:
         seconds = self._request_seconds + held / SLOWEST_BYTES_PER_SECOND + COPY_SECONDS
         try:
             with translating("put", self._uri):
-                await run_to_end(_awaited(self._file.close()), seconds=seconds)
+                await run_to_end(self._awaited(self._file.close()), seconds=seconds)
         except StoreError as exc:
             # obstore aborts after a failure, and tells of the abort's own in its place
             exc.may_have_taken_effect |= self._sent >= self._chunk_bytes
@@ -137,7 +140,7 @@ class ObstoreWriter:
         error = asyncio.CancelledError()  # any: with one, obstore's writer aborts
         try:
             await run_to_end(
-                _awaited(self._file.__aexit__(type(error), error, None)),
+                self._awaited(self._file.__aexit__(type(error), error, None)),
                 seconds=self._request_seconds,
             )
         except Exception as exc:  # must not hide why it was given up
@@ -149,16 +152,21 @@ class ObstoreWriter:
                 extra={"uri": self._uri},
             )
 
+    async def _awaited(self, work: Awaitable[Any]) -> None:
+        """Make a coroutine of obstore's futures."""
+        await self._watch.over(work)
+
     async def _hand_over(self, part: Part) -> None:
         for piece in _pieces(part.pieces):
-            await self._file.write(piece)
+            await self._watch.over(self._file.write(self._watch.view(piece)))
 
 
 class Chunks:
     """obstore's stream, in chunks of the size that is asked for."""
 
-    def __init__(self, uri: str, stream: Any) -> None:
+    def __init__(self, uri: str, stream: Any, watch: Watch) -> None:
         self._uri = uri
+        self._watch = watch
         self._stream: Any = stream
         self._left = memoryview(b"")
 
@@ -168,7 +176,7 @@ class Chunks:
             with translating("get", self._uri):
                 async with asyncio.timeout(STALLED_SECONDS):
                     try:
-                        self._left = memoryview(await anext(self._stream))
+                        self._left = memoryview(await self._watch.over(anext(self._stream)))
                     except StopAsyncIteration:
                         self._stream = None
         chunk, self._left = bytes(self._left[:size]), self._left[size:]
@@ -200,8 +208,3 @@ def _pieces(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview
             small, held = [], 0
     if small:
         yield b"".join(small)
-
-
-async def _awaited(work: Awaitable[Any]) -> None:
-    """Make a coroutine of obstore's futures."""
-    await work
