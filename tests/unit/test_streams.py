@@ -267,7 +267,7 @@ class TestSources:
 
     @pytest.mark.parametrize("extra", [-1, 0, 1, 2, 100])
     async def test_a_part_of_a_form(self, extra: int) -> None:
-        """aiohttp refuses to be asked for a few bytes, and is not, whatever is missing."""
+        """A form of aiohttp must not be asked for a few bytes, and is not, whatever is missing."""
         body = bytes(PART_BYTES + extra)
         form = b"--edge\r\nContent-Disposition: form-data\r\n\r\n" + body + b"\r\n--edge--\r\n"
         loop = asyncio.get_running_loop()
