@@ -152,7 +152,7 @@ class Blob:
         if is_async_source(source) or is_binary_file(source):
             self._source = ReadOnce(source, size=size)  # type: ignore[arg-type]  # just checked
             filename = filename or _text_of(source, "filename")
-            content_type = content_type or _text_of(source, "content_type")
+            content_type = content_type or _content_type_of(source)
         else:
             self._source = source
             if filename is None and isinstance(source, Path):
@@ -630,3 +630,10 @@ def _text_of(source: object, name: str) -> str | None:
     """Return what an upload says about itself; its client may have said anything, or nothing."""
     text = getattr(source, name, None)
     return text if isinstance(text, str) and text else None
+
+
+def _content_type_of(source: object) -> str | None:
+    """Return an upload's content type; of httpx's responses and aiohttp's parts, their header."""
+    headers: Any = getattr(source, "headers", None)
+    header = headers.get("Content-Type") if hasattr(headers, "get") else None
+    return _text_of(source, "content_type") or (header if isinstance(header, str) else None)

@@ -238,14 +238,14 @@ class Placement:
         declared = self._facts.content_type or self._declared_type
         found = await sniff(body[:HEAD_BYTES])
         if declared is None:
-            declared = found.likely or DEFAULT_CONTENT_TYPE
+            declared = found.likely(self._type.accepts) or DEFAULT_CONTENT_TYPE
             self._check_content_type(declared)
             self._facts = dataclasses.replace(self._facts, content_type=declared)
         if found.contradicts(declared, self._type.accepts):
             raise ContentTypeRefusedError(
                 f"column {self.attribute.label!r} accepts {', '.join(self._type.accept)}; this "
                 f"was declared as {declared}, and its first bytes are "
-                f"{found.likely or 'something else'}"
+                f"{found.likely() or 'something else'}"
             )
 
     def _describe(self, size: int | None, sha256: str | None) -> None:

@@ -131,17 +131,15 @@ def is_async_source(source: object) -> bool:
     """Tell whether *source* is one of `AsyncSource`."""
     if isinstance(source, (type, bytes, bytearray, memoryview, str, Path)):
         return False
+    if callable(getattr(source, "aiter_bytes", None)) or hasattr(source, "__aiter__"):
+        return True  # of httpx's response `content` must not be looked at before it was read
     content = getattr(source, "content", None)
-    return (
-        callable(getattr(source, "aiter_bytes", None))
-        or hasattr(source, "__aiter__")
-        or any(
-            inspect.iscoroutinefunction(read)
-            for read in (
-                getattr(source, "read_chunk", None),
-                getattr(source, "read", None),
-                getattr(content, "read", None),
-            )
+    return any(
+        inspect.iscoroutinefunction(read)
+        for read in (
+            getattr(source, "read_chunk", None),
+            getattr(source, "read", None),
+            getattr(content, "read", None),
         )
     )
 

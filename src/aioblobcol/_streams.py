@@ -1,9 +1,10 @@
 """Large sources: read once, part by part, hashed off the event loop as they are read.
 
 A `PartReader` reads a source of any kind; the parts it makes are never joined. Invariants: no
-more is read than was asked for; what limits a source (its column's ``max_bytes``, the size that
-was declared for it) is found out with the byte that breaks it, before that byte is sent; hashes are
-of the bytes in the order in which they were read.
+more is read than was asked for (of aiohttp's body parts a little more, which is kept); what limits
+a source (its column's ``max_bytes``, the size that was declared for it) is found out with the byte
+that breaks it, before that byte is sent; hashes are of the bytes in the order in which they were
+read.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ MAX_PARTS: Final = 10_000
 EQUAL_PARTS: Final = 1_000
 GROWTH_BYTES: Final = 144 * 1024
 HEAD_BYTES: Final = 4096
+LEAST_CHUNK_BYTES: Final = 8192
+"""aiohttp's ``BodyPartReader.read_chunk`` takes no size below that of the form's boundary (an
+assertion); this is its default."""
 _MIB: Final = 2**20
 
 Pieces = list[bytes | memoryview]
@@ -344,11 +348,17 @@ class AsyncPuller:
     """What is awaited piece by piece: an async ``read``, or an async iterator."""
 
     def __init__(
-        self, column: str, source: object, read: Callable[[int], Awaitable[object]]
+        self,
+        column: str,
+        source: object,
+        read: Callable[[int], Awaitable[object]],
+        *,
+        least: int = 1,
     ) -> None:
         self._column = column
         self._source = source
         self._read = read
+        self._least = least
         self._left: bytes | memoryview = b""
 
     async def pull(self, size: int) -> Pieces:
@@ -365,7 +375,7 @@ class AsyncPuller:
 
     async def _next(self, size: int) -> bytes | memoryview:
         with reading_from(self._column, self._source):
-            piece = await self._read(min(size, READ_PIECE_BYTES))
+            piece = await self._read(max(self._least, min(size, READ_PIECE_BYTES)))
         return check_piece(self._column, self._source, piece)
 
 
@@ -412,10 +422,10 @@ def async_puller(column: str, source: object) -> AsyncPuller | None:
     content: Any = getattr(source, "content", None)
     if inspect.iscoroutinefunction(getattr(content, "read", None)):
         return AsyncPuller(column, source, content.read)
-    for name in ("read_chunk", "read"):
+    for name, least in (("read_chunk", LEAST_CHUNK_BYTES), ("read", 1)):
         read = getattr(source, name, None)
         if inspect.iscoroutinefunction(read):
-            return AsyncPuller(column, source, read)
+            return AsyncPuller(column, source, read, least=least)
     return AsyncPuller(column, source, _reader_of(source))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.streams import Response
 from support.uploads import Upload
 
 from aioblobcol import Blob, ObjectInfo, Store, open_blob
@@ -83,6 +84,13 @@ class TestSources:
         assert (blob.filename, blob.content_type, blob.size) == ("cat.png", "image/png", 3)
         assert (named.filename, named.content_type) == ("dog.gif", "image/gif")
         assert upload.position == 0
+
+    def test_a_response(self) -> None:
+        """What has its type in a header alone (httpx, aiohttp's body parts) gives it, too."""
+        typed = Response(b"cat", headers={"Content-Type": "image/png"})
+
+        assert Blob(typed).content_type == "image/png"
+        assert Blob(Response(b"cat")).content_type is None
 
     @pytest.mark.parametrize("said", [None, "", 5])
     def test_an_upload_that_says_nothing(self, said: Any) -> None:

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path, PurePath
 from typing import Any
 
+import httpx
 import pytest
 from support.streams import AiohttpResponse, Chunks, PlainFile, Response, Stream, iterated
 
@@ -244,6 +245,15 @@ class TestKinds:
         assert is_async_source(source)
         assert not is_binary_file(source)
         assert check_source(source, column="page") is None
+
+    async def test_httpx_s_own_response(self) -> None:
+        """A response that was not read yet is not asked for its content, which it has none of."""
+        response = httpx.Response(200, stream=httpx.ByteStream(b"page"))
+        with pytest.raises(httpx.ResponseNotRead):
+            _ = response.content
+
+        assert is_async_source(response)
+        assert check_source(response, column="page") is None
 
     async def test_the_loop_s_own_stream(self) -> None:
         """Asyncio's StreamReader is one."""

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp.base_protocol import BaseProtocol
 from support.streams import AiohttpResponse, Chunks, PlainFile, Response, Stream, iterated
 
 from aioblobcol._sources import MAX_OBJECT_BYTES, PART_BYTES, READ_PIECE_BYTES, Payload
@@ -45,7 +47,7 @@ def open_files() -> int:
 
 
 async def parts_of(reader: PartReader) -> list[bytes]:
-    parts = []
+    parts: list[bytes] = []
     while (part := await reader.next_part()) is not None:
         whole = b"".join(part.pieces)
         assert part.number == len(parts) + 1
@@ -262,6 +264,23 @@ class TestSources:
         await open_source("page", stream)
 
         assert stream.sizes == [READ_PIECE_BYTES] * 3
+
+    @pytest.mark.parametrize("extra", [-1, 0, 1, 2, 100])
+    async def test_a_part_of_a_form(self, extra: int) -> None:
+        """A form of aiohttp must not be asked for a few bytes, and is not, whatever is missing."""
+        body = bytes(PART_BYTES + extra)
+        form = b"--edge\r\nContent-Disposition: form-data\r\n\r\n" + body + b"\r\n--edge--\r\n"
+        loop = asyncio.get_running_loop()
+        stream = aiohttp.StreamReader(BaseProtocol(loop), 2 * len(form), loop=loop)
+        stream.feed_data(form)
+        stream.feed_eof()
+        headers = {"Content-Type": "multipart/form-data; boundary=edge"}
+        source = await aiohttp.MultipartReader(headers, stream).next()
+        assert isinstance(source, aiohttp.BodyPartReader)
+        opened = await open_source("page", source, max_bytes=len(body))
+
+        read = b"".join(await parts_of(opened)) if isinstance(opened, PartReader) else opened.body
+        assert read == body
 
     async def test_a_file_that_grows(self, tmp_path: Path) -> None:
         """A large file that is written to while it is read is no source."""

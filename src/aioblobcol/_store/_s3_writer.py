@@ -15,10 +15,15 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from .._sources import HASH_INLINE_BYTES
+from .._sources import HASH_INLINE_BYTES, PART_BYTES
 from .._tasks import run_to_end, wait_through
 from .._uri import split_s3_uri
-from ..errors import BlobNotFoundError, StoreError
+from ..errors import (
+    BlobNotFoundError,
+    InvalidPutArgumentsError,
+    StoreError,
+    StoreUnavailableError,
+)
 from ._base import COPY_SECONDS, WriteRequest
 from ._body import Body
 from ._errors import translating
@@ -32,7 +37,12 @@ ABORTS: Final = 3
 """Source: Amazon S3 API Reference, AbortMultipartUpload: parts that are being sent may outlive one
 abort, so it may have to be repeated."""
 
+DEFAULT_CHECKSUM: Final = "CRC32"
+"""Source: s3transfer, which the AWS CLI and boto3 upload with: the same, for the same reason."""
+
 PartChecksum = Literal["crc32", "md5"]
+
+_ABOUT_THE_WHOLE: Final = frozenset({"ContentLength", "ContentMD5"})
 
 
 class S3Writer:
@@ -52,7 +62,11 @@ class S3Writer:
         self._request_seconds = request_seconds
         bucket, key = split_s3_uri(request.uri)
         self._name: dict[str, Any] = {"Bucket": bucket, "Key": key}
-        self._own_checksum = checksum is not None and "ChecksumAlgorithm" not in request.arguments
+        self._arguments = dict(request.arguments)
+        if checksum is None and _adds_checksums(client):
+            # the parts get botocore's default one: S3 must hear of it when the upload is created
+            self._arguments.setdefault("ChecksumAlgorithm", DEFAULT_CHECKSUM)
+        self._own_checksum = checksum is not None and "ChecksumAlgorithm" not in self._arguments
         self._sent: dict[int, dict[str, Any]] = {}
         self._on_the_wire = 0
         self._was_interrupted = False
@@ -65,7 +79,13 @@ class S3Writer:
         return self._name.get("UploadId")
 
     async def create(self) -> None:
-        """Create the upload; one that the caller does not wait for is aborted."""
+        """Create the upload; one that the caller does not wait for is aborted.
+
+        Raises:
+            InvalidPutArgumentsError: an argument is about the whole body; nothing was sent.
+            StoreError: it was not created.
+        """
+        self._check_arguments()
         task = asyncio.create_task(self._create(), name="aioblobcol: create upload")
         interrupted = await wait_through([task])
         if interrupted is None:
@@ -141,8 +161,11 @@ class S3Writer:
             if exc.__cause__ is not None:  # it failed as well
                 await self._abort_to_end()
             raise
-        except BaseException:
+        except BaseException as exc:
             await self._abort_to_end()
+            if isinstance(exc, TimeoutError):
+                uri = self._request.uri
+                raise StoreUnavailableError("put", uri, "no answer in time") from exc
             raise
 
     async def _complete(self) -> None:
@@ -178,9 +201,22 @@ class S3Writer:
     def _abort_arguments(self) -> dict[str, Any]:
         return self._known_arguments("AbortMultipartUpload")
 
+    def _check_arguments(self) -> None:
+        refused = sorted(
+            name
+            for name in self._arguments
+            if name in _ABOUT_THE_WHOLE or name.removeprefix("Checksum") not in {name, "Algorithm"}
+        )
+        if refused:
+            raise InvalidPutArgumentsError(
+                f"column {self._request.column!r}: {', '.join(refused)} is about the whole body, "
+                f"and more than {PART_BYTES} bytes go in parts; leave it out, each part is "
+                "protected by itself (ChecksumAlgorithm says by what)"
+            )
+
     def _known_arguments(self, operation: str) -> dict[str, Any]:
         """Return the caller's arguments that an operation takes, and the upload's name."""
-        arguments = self._request.arguments
+        arguments = self._arguments
         if not arguments:
             return dict(self._name)
         model = self._client.meta.service_model.operation_model(operation)
@@ -212,6 +248,12 @@ async def abort(client: Any, uri: str, arguments: Mapping[str, Any]) -> bool:
     except BlobNotFoundError:
         return True
     return False
+
+
+def _adds_checksums(client: Any) -> bool:
+    """Tell whether botocore adds a checksum to each body by itself."""
+    chosen = getattr(client.meta.config, "request_checksum_calculation", None)
+    return bool(chosen == "when_supported")
 
 
 def _crc32(value: int) -> str:
