@@ -14,6 +14,7 @@ from typing import Final
 from .driver import Machine, Results, machine, run_group
 from .goals import Goal, goals_of
 from .plan import GROUPS, REPEATED, Group, smoke
+from .plot import draw
 from .report import as_json, goal_table, group_table, machine_lines, markdown
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + "\n".join(goal_table(goals)))
     if given.output is not None:
         _write(given.output, groups, results, goals)
+    if given.plot is not None:
+        draw(results, given.plot, machine=machine_lines()[0])
     has_failed = _complain(results)
     has_missed = given.smoke and any(goal.is_met is False for goal in goals)
     return 1 if has_failed or has_missed else 0
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the interpreter of a peer that needs other versions",
     )
     parser.add_argument("--output", type=Path, help="directory of results.json and RESULTS.md")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
     return parser
 
 
