@@ -28,28 +28,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environments = dict(each.split("=", 1) for each in given.environment)
     pins = not given.no_pinning and not given.smoke and _has_two_cores()
     results: Results = {}
-    print("\n".join(machine_lines()), flush=True)
+    about = machine_lines()
+    print("\n".join(about), flush=True)
     with machine(schemes=schemes, environments=environments, pins=pins, is_smoke=given.smoke) as on:
         _run_all(groups, on, results)
     goals = goals_of(results)
     if given.smoke:
         goals = [goal for goal in goals if goal.is_exact]  # its times say nothing
+    if given.only:
+        goals = [goal for goal in goals if goal.is_met is not None]
     print("\n" + "\n".join(goal_table(goals)))
     if given.output is not None:
-        _write(given.output, groups, results, goals)
+        _write(given.output, groups, results, goals, about)
     if given.plot is not None:
-        draw(results, given.plot, machine=machine_lines()[0])
+        draw(results, given.plot, machine="; ".join(about))
     has_failed = _complain(results)
     has_missed = given.smoke and any(goal.is_met is False for goal in goals)
     return 1 if has_failed or has_missed else 0
 
 
 def _write(
-    directory: Path, groups: Sequence[Group], results: Results, goals: Sequence[Goal]
+    directory: Path,
+    groups: Sequence[Group],
+    results: Results,
+    goals: Sequence[Goal],
+    about: Sequence[str],
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(as_json(groups, results, goals))
-    (directory / "RESULTS.md").write_text(markdown(groups, results, goals))
+    (directory / "results.json").write_text(as_json(groups, results, goals, machine=about))
+    (directory / "RESULTS.md").write_text(markdown(groups, results, goals, machine=about))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ OWN_OBSTORE: Final = "aioblobcol on obstore"
 HAND_TUNED: Final = "aiobotocore by hand, tuned"
 HAND_DEFAULT: Final = "aiobotocore by hand, default"
 HAND_OBSTORE: Final = "obstore by hand"
+MIN_FOR_QUARTILES: Final = 4
 FLOOR: Final = "one PUT + commit"
 
 
@@ -35,7 +36,7 @@ class Goal:
         number: of the goal it belongs to.
         text: what is measured.
         limit: the bound, as text.
-        measured: what came out, as text.
+        measured: what came out, as text, with the quartiles of the rounds.
         is_met: None if it was not measured.
     """
 
@@ -59,6 +60,25 @@ class Goal:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Figure:
+    """A median, and the quartiles around it: a busy machine shows in how far they are apart."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure | None:
+        """Return what some values come to."""
+        if not values:
+            return None
+        if len(values) < MIN_FOR_QUARTILES:
+            return cls(statistics.median(values), min(values), max(values))
+        low, median, high = statistics.quantiles(values, n=4)
+        return cls(median, low, high)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Judge:
     """Looks results up and compares them with limits."""
 
@@ -66,29 +86,26 @@ class Judge:
 
     def ratio(
         self, group: str, name: str, base: str, values: Callable[[Result], Sequence[float]]
-    ) -> float | None:
-        """Return the median of the rounds' ratios."""
+    ) -> Figure | None:
+        """Return the rounds' ratios."""
         ours, theirs = self._found(group, name), self._found(group, base)
         if ours is None or theirs is None:
             return None
-        above, below = values(ours), values(theirs)
-        if len(above) != len(below):
-            return _median(above) / _median(below)
-        return _median([a / b for a, b in zip(above, below, strict=True) if b])
+        return Figure.of([a / b for a, b in zip(values(ours), values(theirs), strict=False) if b])
 
     def median(
         self, group: str, name: str, values: Callable[[Result], Sequence[float]]
-    ) -> float | None:
-        """Return the median of the rounds."""
+    ) -> Figure | None:
+        """Return what the rounds gave."""
         found = self._found(group, name)
-        return None if found is None or not values(found) else _median(values(found))
+        return None if found is None else Figure.of(values(found))
 
     def highest(
         self, group: str, name: str, values: Callable[[Result], Sequence[float]]
-    ) -> float | None:
+    ) -> Figure | None:
         """Return the highest of all rounds."""
         found = self._found(group, name)
-        return None if found is None or not values(found) else max(values(found))
+        return Figure.of([max(values(found))]) if found is not None and values(found) else None
 
     def requests(self, group: str, name: str) -> dict[str, int] | None:
         """Return the requests of one act."""
@@ -105,15 +122,11 @@ class Judge:
         return found if found is not None and found.is_running and found.wall else None
 
 
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else float("nan")
-
-
-def _at_most(number: str, text: str, limit: float, found: float | None, unit: str = "") -> Goal:
+def _at_most(number: str, text: str, limit: float, found: Figure | None, unit: str = "") -> Goal:
     return _goal(number, text, f"<= {limit:g}{unit}", found, unit, operator.le, limit)
 
 
-def _at_least(number: str, text: str, limit: float, found: float | None, unit: str = "") -> Goal:
+def _at_least(number: str, text: str, limit: float, found: Figure | None, unit: str = "") -> Goal:
     return _goal(number, text, f">= {limit:g}{unit}", found, unit, operator.ge, limit)
 
 
@@ -121,14 +134,17 @@ def _goal(
     number: str,
     text: str,
     limit_text: str,
-    found: float | None,
+    found: Figure | None,
     unit: str,
     holds: Callable[[float, float], bool],
     limit: float,
 ) -> Goal:
     if found is None:
         return Goal(number, text, limit_text, "not measured", None)
-    return Goal(number, text, limit_text, f"{found:.2f}{unit}", holds(found, limit))
+    measured = f"{found.median:.2f}{unit}"
+    if found.low != found.high:
+        measured += f" ({found.low:.2f} to {found.high:.2f})"
+    return Goal(number, text, limit_text, measured, holds(found.median, limit))
 
 
 def goals_of(results: Results) -> list[Goal]:
@@ -222,7 +238,9 @@ def _up(judge: Judge) -> Iterator[Goal]:
         yield _at_most("7", f"1 GiB up, growth of memory: {name}", 64, found, " MiB")
     small = judge.highest("upload", f"{OWN}, a quarter of the size", _growth_mib)
     whole = judge.highest("upload", OWN, _growth_mib)
-    found = None if small is None or whole is None else whole / small
+    found = None
+    if small is not None and whole is not None and small.median:
+        found = Figure.of([whole.median / small.median])
     yield _at_most("7", "growth of memory at 1 GiB to that at 256 MiB", 1.1, found, "x")
     for group, scheme, limit in (("upload", "http", 0.9), ("upload-https", "https", 0.8)):
         found = judge.ratio(group, OWN, HAND_OBSTORE, _speed)

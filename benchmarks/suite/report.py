@@ -84,6 +84,7 @@ def machine_lines() -> list[str]:
         f"{_cpu_model()}, {os.cpu_count()} cores; {platform.system()} {platform.machine()}",
         f"{platform.python_implementation()} {platform.python_version()}; "
         + ", ".join(f"{name} {found}" for name, found in versions().items()),
+        f"Load when it began (of other programs): {os.getloadavg()[0]:.1f}",
     ]
 
 
@@ -143,21 +144,24 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(head), line(["-" * width for width in widths]), *(line(row) for row in rows)]
 
 
-def markdown(groups: Sequence[Group], results: Results, goals: Sequence[Goal]) -> str:
+def markdown(
+    groups: Sequence[Group], results: Results, goals: Sequence[Goal], *, machine: Sequence[str]
+) -> str:
     """Return the whole report."""
-    return "\n".join(_markdown_lines(groups, results, goals)) + "\n"
+    return "\n".join(_markdown_lines(groups, results, goals, machine)) + "\n"
 
 
 def _markdown_lines(
-    groups: Sequence[Group], results: Results, goals: Sequence[Goal]
+    groups: Sequence[Group], results: Results, goals: Sequence[Goal], machine: Sequence[str]
 ) -> Iterator[str]:
     yield from ("# Results of `make bench`", "")
-    for line in machine_lines():
+    for line in machine:
         yield from (line, "")
     yield (
         "Client and server have a core each. Figures are medians of interleaved rounds, memory is "
         "the highest growth of the resident set, and ratios (x) are to the first line. CPU is that "
-        "of the client's process, all threads. Everything is from one run; only ratios travel."
+        "of the client's process, all threads. A goal's ratio is the median of the rounds' ratios, "
+        "its quartiles beside it. Everything is from one run; only ratios travel."
     )
     yield from ("", "## Goals", "", *goal_table(goals))
     for group in groups:
@@ -166,10 +170,12 @@ def _markdown_lines(
             yield from ("", f"## {title}", "", *group_table(group, results[group.name]))
 
 
-def as_json(groups: Sequence[Group], results: Results, goals: Sequence[Goal]) -> str:
+def as_json(
+    groups: Sequence[Group], results: Results, goals: Sequence[Goal], *, machine: Sequence[str]
+) -> str:
     """Return everything that was measured, in seconds and bytes."""
     found: dict[str, Any] = {
-        "machine": machine_lines(),
+        "machine": list(machine),
         "goals": [{**dataclasses.asdict(goal), "verdict": goal.verdict} for goal in goals],
         "groups": {
             group.name: {

@@ -54,17 +54,17 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
     """End a process with its input; kill it where it does not listen."""
-    try:
-        yield
-    finally:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+    with process:
         try:
-            process.wait(ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield
+        finally:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(ANSWER_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
