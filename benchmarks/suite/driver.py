@@ -39,6 +39,7 @@ class Result:
         settle: seconds of the background work after an act.
         growth: bytes.
         stall: seconds.
+        server_share: how much of the time the stub was busy; near 1 it is what is measured.
         requests: of one act, by kind.
         absent: why it did not run.
         error: how it failed.
@@ -49,6 +50,7 @@ class Result:
     settle: list[float] = dataclasses.field(default_factory=list)
     growth: list[int] = dataclasses.field(default_factory=list)
     stall: list[float] = dataclasses.field(default_factory=list)
+    server_share: list[float] = dataclasses.field(default_factory=list)
     requests: dict[str, int] | None = None
     absent: str | None = None
     error: str | None = None
@@ -220,7 +222,10 @@ def _run_fresh(group: Group, on: Machine, uri: str | None, results: dict[str, Re
             _place(group, on, uri, stream_bytes=contender.stream_bytes) as place,
             on.child(contender, place) as child,
         ):
+            before = on.stubs[group.scheme].cpu_seconds()
             _turn(child, contender, group, result)
+            used = on.stubs[group.scheme].cpu_seconds() - before
+            result.server_share.append(used / (result.wall[-1] * group.times))
             if group.counts:
                 result.requests = child.ask(counts=True)["requests"]
         if not group.needs_object:

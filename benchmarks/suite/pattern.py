@@ -26,13 +26,19 @@ def iter_pattern(offset: int, size: int, *, piece_bytes: int) -> Iterator[memory
         offset += length
 
 
+def iter_blocks(size: int) -> Iterator[bytes]:
+    """Yield *size* bytes in blocks. Each is new, as what arrives from a socket is.
+
+    One and the same block would cost those clients no memory that copy nothing.
+    """
+    for piece in iter_pattern(0, size, piece_bytes=BLOCK_BYTES):
+        yield bytes(piece)
+
+
 async def stream_pattern(size: int) -> AsyncIterator[bytes]:
-    """Yield *size* bytes in blocks, as a request's body arrives."""
-    whole, rest = divmod(size, BLOCK_BYTES)
-    for _ in range(whole):
-        yield BLOCK
-    if rest:
-        yield BLOCK[:rest]
+    """Yield the same, as a request's body arrives."""
+    for block in iter_blocks(size):
+        yield block
 
 
 def crc32_of_pattern(offset: int, size: int) -> int:

@@ -63,6 +63,7 @@ COLUMNS: Final = {
     "settle": (Column("then ms", lambda r, _g, _b: _ms(r.settle)),),
     "throughput": (
         Column("MiB/s", lambda r, g, _b: f"{g.stream_bytes / MIB / statistics.median(r.wall):.0f}"),
+        Column("server busy", lambda r, _g, _b: f"{statistics.median(r.server_share):.0%}"),
     ),
     "rows": (Column("rows/s", lambda r, g, _b: f"{g.rows / statistics.median(r.wall):.0f}"),),
     "growth": (
@@ -161,7 +162,8 @@ def _markdown_lines(
         "Client and server have a core each. Figures are medians of interleaved rounds, memory is "
         "the highest growth of the resident set, and ratios (x) are to the first line. CPU is that "
         "of the client's process, all threads. A goal's ratio is the median of the rounds' ratios, "
-        "its quartiles beside it. Everything is from one run; only ratios travel."
+        "its quartiles beside it. Where the server is busy nearly all the time, it is the limit. "
+        "Everything is from one run; only ratios travel."
     )
     yield from ("", "## Goals", "", *goal_table(goals))
     for group in groups:

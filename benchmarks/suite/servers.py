@@ -78,6 +78,10 @@ class Stub:
         """Set latency and throughput."""
         self._post(f"__config?latency_ms={latency_ms}&megabytes_per_second={megabytes_per_second}")
 
+    def cpu_seconds(self) -> float:
+        """Return what it has used."""
+        return float(self._post("__stats")["cpu_seconds"])
+
     def forget(self) -> dict[str, Any]:
         """Drop all objects; return what it counted."""
         return self._post("__forget")

@@ -29,7 +29,7 @@ from aioblobcol import (
     use_explicit_begin,
 )
 
-from ..pattern import BLOCK, BLOCK_BYTES, stream_pattern
+from ..pattern import iter_blocks, stream_pattern
 from ..place import BUCKET, Act, NotThereYetError, Place
 from ..tables import COLUMNS, Row, create_engine_at
 
@@ -339,7 +339,7 @@ def obstore_upload(place: Place) -> Any:
 @contextlib.asynccontextmanager
 async def put_whole(place: Place, opening: OpenStore = on_aiobotocore) -> AsyncIterator[Act]:
     """Put a large column whose bytes are in memory."""
-    body = BLOCK * (place.stream_bytes // BLOCK_BYTES)
+    body = b"".join(iter_blocks(place.stream_bytes))
     async with opening(place) as store:
         await _put(store, b"opens a connection")
         yield Act(lambda _: _put(store, body))
@@ -354,7 +354,7 @@ def obstore_put_whole(place: Place) -> Any:
 async def put_file(place: Place) -> AsyncIterator[Act]:
     """Put a large column from a file."""
     path = place.directory / "source"
-    path.write_bytes(BLOCK * (place.stream_bytes // BLOCK_BYTES))
+    path.write_bytes(b"".join(iter_blocks(place.stream_bytes)))
     async with on_aiobotocore(place) as store:
         await _put(store, b"opens a connection")
         yield Act(lambda _: _put(store, path))

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aioblobcol import open_store, use_explicit_begin
 
-from ..pattern import BLOCK, BLOCK_BYTES
+from ..pattern import iter_blocks
 from ..place import BUCKET, CHUNK_BYTES, PART_BYTES, PARTS_IN_FLIGHT, Act, Place
 from ..tables import COLUMNS, Row, commit_row, create_engine_at
 
@@ -79,16 +79,11 @@ class Hand:
         async with asyncio.TaskGroup() as group:
             for start in range(0, size, PART_BYTES):
                 await slots.acquire()
-                blocks = _blocks(min(PART_BYTES, size - start))
+                blocks = list(iter_blocks(min(PART_BYTES, size - start)))
                 tasks.append(group.create_task(put_part(len(tasks) + 1, blocks)))
         parts = {"Parts": [task.result() for task in tasks]}
         await self.client.complete_multipart_upload(**names, MultipartUpload=parts)
         return f"s3://{BUCKET}/{key}"
-
-
-def _blocks(size: int) -> list[bytes]:
-    whole, rest = divmod(size, BLOCK_BYTES)
-    return [BLOCK] * whole + ([BLOCK[:rest]] if rest else [])
 
 
 def _crc32(body: bytes) -> str:
@@ -208,7 +203,7 @@ def upload_tuned(place: Place) -> Any:
 @contextlib.asynccontextmanager
 async def put_whole_default(place: Place) -> AsyncIterator[Act]:
     """Put a large object in one piece, as the simplest code does."""
-    body = b"".join(_blocks(place.stream_bytes))
+    body = b"".join(iter_blocks(place.stream_bytes))
     async with default_client(place) as hand:
         yield Act(lambda _: hand.put(place.new_key(), body))
 

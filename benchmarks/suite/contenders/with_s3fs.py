@@ -11,7 +11,7 @@ from typing import Any
 
 import s3fs
 
-from ..pattern import BLOCK, BLOCK_BYTES
+from ..pattern import iter_blocks
 from ..place import BUCKET, KEY_ID, PART_BYTES, REGION, SECRET, Act, Place
 
 
@@ -70,7 +70,7 @@ async def upload(place: Place) -> AsyncIterator[Act]:
     def write() -> None:
         path = f"{BUCKET}/{place.new_key()}"
         with file_system.open(path, "wb", block_size=PART_BYTES) as file:
-            for _ in range(place.stream_bytes // BLOCK_BYTES):
-                file.write(BLOCK)
+            for block in iter_blocks(place.stream_bytes):
+                file.write(block)
 
     yield Act(lambda _: asyncio.to_thread(write))
