@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import uuid
 import zlib
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from support.s3_proxy import Forward, Request, answer, s3_proxy
 
 from aioblobcol import S3Store
 from aioblobcol.cli._commands import app
+from aioblobcol.cli._running import run_in_loop
 from aioblobcol.cli._samples import picture
 from aioblobcol.cli._scenarios import SCENARIOS, Base, Scene, play
 from aioblobcol.testing import MemoryStore, S3Server, Step
@@ -364,3 +366,29 @@ class TestSamples:
         assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
         assert struct.unpack(">II", chunks[b"IHDR"][:8]) == (7, 5)
         assert len(zlib.decompress(chunks[b"IDAT"])) == 5 * (1 + 3 * 7)
+
+
+class TestTheLoop:
+    def test_is_closed_after_the_threads_that_post_to_it(self) -> None:
+        """A driver's thread that is not waited for can still post to the loop as it ends."""
+        posted: list[bool] = []
+
+        async def leave_a_thread() -> None:
+            loop, task, is_over = (
+                asyncio.get_running_loop(),
+                asyncio.current_task(),
+                threading.Event(),
+            )
+            assert task is not None
+            task.add_done_callback(lambda _: is_over.set())
+
+            def post() -> None:
+                is_over.wait()
+                sum(range(1_000_000))  # longer than it takes to close a loop
+                posted.append(not loop.is_closed())
+
+            threading.Thread(target=post).start()
+
+        run_in_loop(leave_a_thread())
+
+        assert posted == [True]

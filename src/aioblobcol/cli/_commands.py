@@ -6,7 +6,6 @@ not, or a server could not be used; 2: an option is unusable; 130: interrupted.
 
 from __future__ import annotations
 
-import asyncio
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from ._checking import CheckOptions, load_app, run_check
 from ._journal_commands import commands as journal_commands
 from ._options import AppName
 from ._printing import show_end, show_scene, show_servers
+from ._running import run_in_loop
 from ._scenarios import SCENARIOS, play
 from ._servers import BrokenInvariantError, Options, check, open_servers
 from ._trouble import explaining
@@ -95,7 +95,7 @@ def demo(
     )
     with explaining("demo", interrupted="interrupted, and tidied up"):
         check(options)
-        asyncio.run(run_demo(options, Console()))
+        run_in_loop(run_demo(options, Console()))
 
 
 @app.command(name="check")
@@ -168,7 +168,7 @@ def check_stores(
     )
     more = "" if state is None else f"; run it again to go on from what {state} says is left"
     with explaining("check", RuntimeError, interrupted=f"interrupted{more}"):
-        wrong = asyncio.run(run_check(load_app(app_name), options, Console(stderr=True)))
+        wrong = run_in_loop(run_check(load_app(app_name), options, Console(stderr=True)))
     if wrong:
         raise typer.Exit(1)
 

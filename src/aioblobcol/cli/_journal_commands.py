@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from datetime import timedelta
 from typing import Annotated, Final
@@ -19,6 +18,7 @@ from ._checking import load_app
 from ._opening import journal_of, opened
 from ._options import AppName, AsJson
 from ._retiring import Retirement, find_table, retire
+from ._running import run_in_loop
 from ._scripts import drop_script, script
 from ._servers import UsageError
 from ._status_report import as_json as status_as_json
@@ -89,7 +89,7 @@ def worker(
         as_json=as_json,
     )
     with explaining("worker"):
-        is_well = asyncio.run(run_worker(load_app(app_name), options))
+        is_well = run_in_loop(run_worker(load_app(app_name), options))
     if not is_well:
         raise typer.Exit(1)
 
@@ -112,7 +112,7 @@ def status(
     it; somebody has to act), or the worker is further behind than --max-lag-minutes.
     """
     with explaining("status"):
-        found = asyncio.run(_status(load_app(app_name)))
+        found = run_in_loop(_status(load_app(app_name)))
     print_anything()
     if as_json:
         typer.echo(status_as_json(found))
@@ -181,7 +181,7 @@ def retire_table(
     when their retention is over.
     """
     with explaining("retire-table"):
-        found = asyncio.run(_retire(load_app(app_name), table, partition_of, really=yes))
+        found = run_in_loop(_retire(load_app(app_name), table, partition_of, really=yes))
     if found.deletes_rows:
         how = "all its rows are deleted" if yes else "all its rows would be deleted"
     else:
@@ -213,7 +213,7 @@ def claim(
     objects are. Without --take-over, what another database owns is refused with exit code 1.
     """
     with explaining("claim"):
-        for fields in asyncio.run(_claim(load_app(app_name), take_over=take_over)):
+        for fields in run_in_loop(_claim(load_app(app_name), take_over=take_over)):
             line = f"{fields['root']} {fields['meaning']}"
             typer.echo(json.dumps(fields) if as_json else line)
 
@@ -226,7 +226,7 @@ def disown(*, app_name: AppName) -> None:
     back.
     """
     with explaining("disown"):
-        for root in asyncio.run(_disown(load_app(app_name))):
+        for root in run_in_loop(_disown(load_app(app_name))):
             typer.echo(f"{root} is not this database's any more: it deletes nothing there.")
 
 
