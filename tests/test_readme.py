@@ -49,6 +49,7 @@ from support.pages import (
     managed_in_memory,
     open_place,
 )
+from typer.testing import CliRunner
 
 from aioblobcol import (
     Blob,
@@ -990,6 +991,37 @@ class TestNotGuaranteed:
 
         assert program == "aioblobcol"
         assert command.make_context(name, arguments).params["app_name"] == "myapp.models:blobs"
+
+    @README.runs("objects")
+    async def test_objects_by_hand(
+        self, block: Block, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An object goes up, is seen, comes down, and goes, by the commands that are shown."""
+        given = s3.client_arguments
+        for name, value in (
+            ("AWS_ENDPOINT_URL", given["endpoint_url"]),
+            ("AWS_DEFAULT_REGION", given["region_name"]),
+            ("AWS_ACCESS_KEY_ID", given["aws_access_key_id"]),
+            ("AWS_SECRET_ACCESS_KEY", given["aws_secret_access_key"]),
+        ):
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AIOBLOBCOL_APP", raising=False)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "report.pdf").write_bytes(b"a report")
+        await s3.create_bucket(BUCKET)
+        outputs = []
+        for program, *arguments in block.commands:
+            assert program == "aioblobcol"
+            result = await asyncio.to_thread(CliRunner().invoke, command_line, arguments)
+            assert result.exit_code == 0, result.stderr
+            outputs.append(result.stdout)
+
+        uri = "s3://my-bucket/reports/report.pdf"
+        assert outputs[0] == f"{uri}\n"
+        assert outputs[1].endswith(f"{uri}\n")
+        assert (tmp_path / "copy.pdf").read_bytes() == b"a report"
+        assert "X-Amz-Expires=86400" in outputs[3]
+        assert outputs[4].startswith("deleted")
 
     def test_the_commands(self) -> None:
         """The table has every command."""

@@ -5,19 +5,22 @@ transaction, `aioblobcol.aws_s3` has the calls of the explicit strength.
 """
 
 from ._app import BlobApp
-from ._blob import Blob, open_blob
+from ._blob import Blob, download_blob, open_blob
 from ._column import BlobType
 from ._connection import use_explicit_begin
 from ._journal import Journal, OwnershipState
 from ._managed import blob_report, blob_sessionmaker, enlist, track_blobs, upload_blobs
+from ._sources import OnProgress
 from ._status import JournalStatus, ParkedObject, StateStatus, journal_status
-from ._store._base import DeleteReport, ObjectInfo, Store
+from ._store._base import Capabilities, DeleteReport, ObjectInfo, Store
 from ._store._s3 import S3Store, open_store
 from ._unit_of_work import BlobTransaction, blob_transaction
 from ._worker import Worker, WorkReport
 from .aws_s3 import DeleteS3Result, PutS3ApiCall, PutS3Result, delete_s3, guard, put_s3
 from .errors import (
     AioBlobColError,
+    BlobChangedError,
+    BlobCorruptedError,
     BlobNotFoundError,
     BlobNotUploadedError,
     BlobNotWrittenError,
@@ -42,6 +45,7 @@ from .errors import (
     Outcome,
     OwnershipError,
     ResultSpentError,
+    SizeMismatchError,
     StoreAccessError,
     StoreClosedError,
     StoreError,
@@ -55,6 +59,8 @@ __all__ = [
     "AioBlobColError",
     "Blob",
     "BlobApp",
+    "BlobChangedError",
+    "BlobCorruptedError",
     "BlobNotFoundError",
     "BlobNotUploadedError",
     "BlobNotWrittenError",
@@ -64,6 +70,7 @@ __all__ = [
     "BlobType",
     "BlobUnboundError",
     "BlobUploadError",
+    "Capabilities",
     "CleanUpError",
     "CommitOutcomeUnknown",
     "ContentTypeRefusedError",
@@ -83,6 +90,7 @@ __all__ = [
     "JournalStatus",
     "NaiveDatetimeError",
     "ObjectInfo",
+    "OnProgress",
     "Outcome",
     "OwnershipError",
     "OwnershipState",
@@ -91,6 +99,7 @@ __all__ = [
     "PutS3Result",
     "ResultSpentError",
     "S3Store",
+    "SizeMismatchError",
     "StateStatus",
     "Store",
     "StoreAccessError",
@@ -106,6 +115,7 @@ __all__ = [
     "blob_sessionmaker",
     "blob_transaction",
     "delete_s3",
+    "download_blob",
     "enlist",
     "guard",
     "journal_status",

@@ -9,7 +9,6 @@ is admitted into a statement only by the session that uploaded it, for the cell 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import mimetypes
@@ -19,8 +18,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ._sources import AsyncReadable, BlobSource, check_source, has_async_read, read_payload
+from ._download import byte_range, download_object, open_object, read_object
+from ._sources import (
+    PART_BYTES,
+    BlobSource,
+    OnProgress,
+    check_source,
+    is_async_source,
+    is_binary_file,
+)
 from ._store._metadata import encode_metadata
+from ._streams import ReadOnce
 from ._uri import split_s3_uri
 from .errors import (
     BlobNotUploadedError,
@@ -28,6 +36,7 @@ from .errors import (
     InvalidInputError,
     InvalidPutArgumentsError,
     InvalidSourceError,
+    SizeMismatchError,
     UnsafeTransactionError,
 )
 
@@ -60,48 +69,6 @@ class Owner(Protocol):
         """A statement that names the blob is on its way."""
 
 
-class ReadOnce:
-    """A source that can be read only once, and is kept once it was."""
-
-    __slots__ = ("_body", "_lock", "_source")
-
-    def __init__(self, source: AsyncReadable) -> None:
-        self._source: AsyncReadable | None = source
-        self._body: bytes | None = None
-        self._lock = asyncio.Lock()
-
-    @property
-    def size(self) -> int | None:
-        """Length in bytes; before it is read, what the source itself says (`UploadFile.size`)."""
-        if self._body is not None:
-            return len(self._body)
-        size = getattr(self._source, "size", None)
-        return size if isinstance(size, int) else None
-
-    def __reduce__(self) -> Any:
-        if self._body is None:
-            raise TypeError("this upload was not read yet: pickle Blob(await upload.read())")
-        return bytes, (self._body,)
-
-    async def body(self, column: str, *, max_bytes: int | None) -> bytes:
-        """Return the bytes, read from where the source stands the first time.
-
-        Raises:
-            InvalidSourceError: reading it failed before, or now; what was read is lost.
-        """
-        async with self._lock:  # copies of one blob share it
-            if self._body is None:
-                source, self._source = self._source, None
-                if source is None:  # the rest of it must not pass for the whole
-                    raise InvalidSourceError(
-                        f"column {column!r}: this upload was read in part by an attempt that "
-                        "failed; make another Blob"
-                    )
-                payload = await read_payload(column, source, with_md5=False, max_bytes=max_bytes)
-                self._body = payload.body
-        return self._body
-
-
 class Blob:
     """Bytes to be uploaded by the session's flush, or an object that is stored already.
 
@@ -119,7 +86,8 @@ class Blob:
 
     A loaded blob knows its store: the session binds it by the column's store name when it
     loads the row, and it can be read after the session is closed. One that came another way (a
-    plain session, ``select(Task.html)``, a pickle, `from_uri`) is read with `open_blob`.
+    plain session, ``select(Task.html)``, a pickle, `from_uri`) is read with `open_blob` or
+    `download_blob`.
     """
 
     __slots__ = (
@@ -131,6 +99,7 @@ class Blob:
         "_facts",
         "_filename",
         "_metadata",
+        "_on_progress",
         "_owner",
         "_source",
         "_store",
@@ -141,42 +110,54 @@ class Blob:
 
     def __init__(
         self,
-        source: BlobSource | AsyncReadable,
+        source: BlobSource,
         *,
         content_type: str | None = None,
         filename: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        size: int | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Take bytes to be uploaded later; nothing is read or sent now.
 
         Args:
-            source: bytes, bytearray, memoryview, the `pathlib.Path` of a file, or an object
-                with an async ``read`` (an ``UploadFile``), whose content type and file name
-                are taken over. What can be read only once is kept in memory until the commit,
-                so that it can be uploaded again after a rollback.
+            source: bytes, bytearray, memoryview, the `pathlib.Path` of a file, a file that is
+                open in binary mode, an async iterator of bytes, an object with an async ``read``
+                (Starlette's ``UploadFile``, aiohttp's streams and body parts), or a response of
+                httpx or aiohttp. Content type and file name of an upload are taken over. More
+                than 8 MiB are uploaded part by part, and never in memory as a whole. What can be
+                read only once is kept until the commit if it is not larger, so that it can be
+                uploaded again after a rollback; what is larger has to be rewound, or assigned
+                anew.
             content_type: such as ``image/png``; else the column's, else guessed from the file
                 name, else ``application/octet-stream``.
             filename: the user's name for it; goes into the object's metadata, never into its
                 key. By default that of a path or an upload.
             metadata: more of the object's metadata, 2 KiB in all; not the library's own
                 ``filename`` and ``sha256``.
+            size: bytes that there have to be, such as the request's ``Content-Length``; the upload
+                fails if there are others.
+            on_progress: told of what was sent.
 
         Raises:
-            InvalidSourceError: nothing that has bytes.
+            InvalidSourceError: nothing that has bytes, or another number of them than *size*.
             InvalidInputError: an unusable content type, file name or metadata.
         """
         if isinstance(source, Blob):
             raise InvalidSourceError("this is a Blob already; blob.copy() makes another one")
         self._source: BlobSource | ReadOnce | None
-        if has_async_read(source):
-            self._source = ReadOnce(source)
+        known = check_source(source, column="Blob")
+        if size is not None:
+            check_declared(size, known)
+        if is_async_source(source) or is_binary_file(source):
+            self._source = ReadOnce(source, size=size)  # type: ignore[arg-type]  # just checked
             filename = filename or _text_of(source, "filename")
             content_type = content_type or _text_of(source, "content_type")
         else:
-            check_source(source, column="Blob")
-            self._source = source  # type: ignore[assignment]  # just checked
+            self._source = source
             if filename is None and isinstance(source, Path):
                 filename = source.name
+        self._on_progress = on_progress
         self._copy_of: Blob | None = None
         self._content_type = checked_content_type(content_type)
         self._filename = filename
@@ -202,6 +183,7 @@ class Blob:
     def _stored(cls, uri: str, facts: BlobFacts, *, store_name: str | None = None) -> Blob:
         blob = cls.__new__(cls)
         blob._source = blob._copy_of = blob._content_type = blob._filename = None
+        blob._on_progress = None
         blob._metadata = {}
         blob._reset()
         blob._uri, blob._facts, blob._store_name = uri, facts, store_name
@@ -256,7 +238,9 @@ class Blob:
         source = self._source
         if isinstance(source, ReadOnce):
             return source.size
-        return None if isinstance(source, Path) else memoryview(source or b"").nbytes
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return memoryview(source).nbytes
+        return None
 
     @property
     def content_type(self) -> str | None:
@@ -279,25 +263,85 @@ class Blob:
 
     # --- what it does
 
-    async def read(self) -> bytes:
-        """Return the whole object.
+    async def read(self, *, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the object's bytes, or a part of them.
+
+        A connection that breaks off is replaced by one that reads on where it stopped. Of the
+        whole object size and checksum are compared with what was stored.
+
+        Args:
+            start: the first byte.
+            stop: the one after the last; to the end by default. What lies beyond it is left out.
 
         Raises:
             BlobNotUploadedError: there is none yet.
             BlobUnboundError: it does not know its store.
+            InvalidInputError: a negative number, or a stop before the start; nothing was sent.
             BlobNotFoundError: it is gone: the row was replaced or deleted since.
+            BlobChangedError: somebody has overwritten it while it was read.
+            BlobCorruptedError: it is not what was stored.
             StoreError: it could not be read.
         """
-        return await self._bound().get(self.uri)
+        facts = self._facts
+        return await read_object(
+            self._bound(),
+            self.uri,
+            part=byte_range(start, stop),
+            size=facts.size,
+            sha256=facts.sha256,
+        )
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[ObjectReader]:
+    async def open(
+        self,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        parts_at_once: int = 1,
+        on_progress: OnProgress | None = None,
+    ) -> AsyncIterator[ObjectReader]:
         """Stream the object: ``async with blob.open() as body: async for chunk in body: ...``.
 
-        Leaving the block early closes the connection. Errors are those of `read`.
+        Nothing is read ahead of the loop but what the connection holds. Leaving the block early
+        closes the connection. A checksum that differs is an error after the last chunk: what
+        must not be used unverified is not used before the loop has ended.
+
+        Args:
+            start: the first byte.
+            stop: the one after the last; to the end by default.
+            parts_at_once: with more than one, so many parts of 8 MiB are read at the same time,
+                ahead of the loop, and kept in memory; they come in order.
+            on_progress: told of every chunk.
+
+        Errors are those of `read`; those of the checksum and of the connection come from the
+        loop.
         """
-        async with self._bound().open(self.uri) as body:
+        store, uri = self._bound(), self.uri
+        async with open_object(
+            store,
+            uri,
+            part=byte_range(start, stop),
+            size=self._facts.size,
+            sha256=self._facts.sha256,
+            parts_at_once=parts_at_once,
+            on_progress=on_progress,
+        ) as body:
             yield body
+
+    async def download_to(
+        self,
+        path: Path | str,
+        *,
+        on_progress: OnProgress | None = None,
+        parts_at_once: int = 8,
+    ) -> ObjectInfo:
+        """Write the object into a file, and describe it; see `download_blob`.
+
+        Errors are those of `read`, and OSError if the file could not be written.
+        """
+        return await download_blob(
+            self._bound(), self, path, on_progress=on_progress, parts_at_once=parts_at_once
+        )
 
     async def stat(self) -> ObjectInfo:
         """Ask S3 about the object: size, content type, metadata (one HEAD).
@@ -335,6 +379,7 @@ class Blob:
             blob._copy_of = self
         blob._content_type, blob._filename = self._content_type, self._filename
         blob._metadata = dict(self._metadata)
+        blob._on_progress = None
         blob._reset()
         return blob
 
@@ -373,6 +418,7 @@ class Blob:
         self._source, self._copy_of = state.get("source"), state.get("copy_of")
         self._content_type, self._filename = state.get("content_type"), state.get("filename")
         self._metadata = state.get("metadata", {})
+        self._on_progress = None
         self._reset()
         if "uri" in state:
             self._uri, self._facts = state["uri"], state["facts"]
@@ -398,6 +444,7 @@ class Blob:
     def _is_settled(self) -> None:
         """The row that names it is committed: what it was made of is not needed any more."""
         self._source = self._copy_of = self._owner = self._admitted_by = None
+        self._on_progress = None
 
     def _uri_for_statement(self) -> str:
         """Return the URI for a row, if its session has admitted it into this statement."""
@@ -434,7 +481,15 @@ class Blob:
 
 
 @contextlib.asynccontextmanager
-async def open_blob(store: Store, blob: Blob | str) -> AsyncIterator[ObjectReader]:
+async def open_blob(
+    store: Store,
+    blob: Blob | str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    parts_at_once: int = 1,
+    on_progress: OnProgress | None = None,
+) -> AsyncIterator[ObjectReader]:
     """Stream an object from *store*: for blobs that do not know their own, and for plain URIs.
 
     ::
@@ -445,14 +500,95 @@ async def open_blob(store: Store, blob: Blob | str) -> AsyncIterator[ObjectReade
     Args:
         store: open.
         blob: stored, or an ``s3://bucket/key``.
+        start: the first byte.
+        stop: the one after the last; to the end by default.
+        parts_at_once: as of `Blob.open`.
+        on_progress: told of every chunk.
 
     Raises:
         BlobNotUploadedError: the blob is pending.
         InvalidS3UriError: not an S3 URI.
-        BlobNotFoundError, StoreError: on entering or while reading.
+        InvalidInputError: a negative number, or a stop before the start; nothing was sent.
+        BlobNotFoundError, BlobChangedError, BlobCorruptedError, StoreError: on entering or while
+            reading, as of `Blob.read`.
     """
-    async with store.open(blob.uri if isinstance(blob, Blob) else blob) as body:
+    uri, facts = _named(blob)
+    async with open_object(
+        store,
+        uri,
+        part=byte_range(start, stop),
+        size=facts.size,
+        sha256=facts.sha256,
+        parts_at_once=parts_at_once,
+        on_progress=on_progress,
+    ) as body:
         yield body
+
+
+def check_declared(declared: int, known: int | None) -> None:
+    """Refuse a size that was declared for a source and is not its own.
+
+    Raises:
+        SizeMismatchError: it is another one.
+        InvalidInputError: it is no size.
+    """
+    if type(declared) is not int or declared < 0:
+        raise InvalidInputError(f"size is a number of bytes, not {declared!r}")
+    if known is not None and known != declared:
+        raise SizeMismatchError(f"{known} bytes are here, {declared} were declared")
+
+
+async def download_blob(
+    store: Store,
+    blob: Blob | str,
+    path: Path | str,
+    *,
+    on_progress: OnProgress | None = None,
+    part_bytes: int = PART_BYTES,
+    parts_at_once: int = 8,
+) -> ObjectInfo:
+    """Write an object into a file: a small one by one request, a large one in parts at once.
+
+    The file appears under its name when it is whole and verified, in place of what was there;
+    until then it is beside it, and an error or a cancellation removes it. A killed process
+    leaves it there, as ``.aioblobcol-*``. Memory holds little more than 1 MiB of each part that
+    is under way, whatever its size.
+
+    Args:
+        store: open.
+        blob: stored, or an ``s3://bucket/key``.
+        path: the file; its directory exists.
+        on_progress: told of every chunk.
+        part_bytes: the size of the parts.
+        parts_at_once: on the wire at the same time, each with a connection of its own; with 1
+            the object is read by one request.
+
+    Returns:
+        What the first answer tells of the object.
+
+    Raises:
+        BlobNotUploadedError: the blob is pending.
+        InvalidS3UriError, InvalidInputError: no S3 URI, or a limit that is not positive; nothing
+            was sent.
+        BlobNotFoundError, BlobChangedError, BlobCorruptedError, StoreError: as of `Blob.read`;
+            the file is as it was.
+        OSError: the file could not be written; the same state.
+    """
+    uri, facts = _named(blob)
+    return await download_object(
+        store,
+        uri,
+        Path(path),
+        size=facts.size,
+        sha256=facts.sha256,
+        on_progress=on_progress,
+        part_bytes=part_bytes,
+        parts_at_once=parts_at_once,
+    )
+
+
+def _named(blob: Blob | str) -> tuple[str, BlobFacts]:
+    return (blob.uri, blob._facts) if isinstance(blob, Blob) else (blob, NO_FACTS)
 
 
 def guess_content_type(filename: str | None) -> str | None:
@@ -474,17 +610,20 @@ def checked_content_type(content_type: str | None) -> str | None:
 
 
 def object_metadata(
-    metadata: Mapping[str, str], *, filename: str | None, sha256: str
+    metadata: Mapping[str, str], *, filename: str | None, sha256: str | None
 ) -> dict[str, str]:
     """Add the library's own to *metadata*, and return all as it stands in the headers.
+
+    What came with a copy may have a ``sha256`` already, which is the same bytes'.
 
     Raises:
         InvalidPutArgumentsError: unusable, or too much.
     """
-    if not metadata and filename is None:
+    if not metadata and filename is None and sha256 is not None:
         return {"sha256": sha256}
-    named = {} if filename is None else {"filename": filename}
-    return encode_metadata({**metadata, **named, "sha256": sha256})
+    own = {"filename": filename, "sha256": sha256}
+    known = {name: value for name, value in own.items() if value is not None}
+    return encode_metadata({**metadata, **known})
 
 
 def _text_of(source: object, name: str) -> str | None:

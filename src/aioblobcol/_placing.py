@@ -1,19 +1,23 @@
 """From a blob and the cell that it is for to one upload: what is checked, its key, its request.
 
 Invariant: everything that can be refused without reading the bytes is refused before the first
-byte of the flush is sent; the rest is refused in the upload's own slot, before its request.
+byte of the flush is sent; the rest is refused before the upload's own request, or in the middle of
+it, with nothing kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._blob import NO_FACTS, Blob, BlobFacts, ReadOnce, guess_content_type, object_metadata
-from ._sources import Payload, check_size, check_source, read_payload
-from ._store._base import CopyRequest, ObjectInfo, PutRequest, Store
-from ._transfer import Upload
+from ._blob import NO_FACTS, Blob, BlobFacts, guess_content_type, object_metadata
+from ._sniffing import sniff
+from ._sources import PART_BYTES, Payload, check_size, check_source
+from ._store._base import CopyRequest, ObjectInfo, PutRequest, Store, WriteRequest
+from ._streams import HEAD_BYTES, PartReader, ReadOnce, iterable_reader, open_source
+from ._transfer import LargeRequest, Request, Upload, in_memory
 from ._uri import (
     attempt_key,
     content_key,
@@ -39,7 +43,6 @@ class Placement:
     Attributes:
         subject: the mapped object, or the dict of a bulk statement's values.
         uri: of the object that is made for it.
-        facts: what is known of it once it is uploaded.
     """
 
     blob: Blob
@@ -47,7 +50,15 @@ class Placement:
     subject: Any
     store: Store
     uri: str = ""
-    facts: BlobFacts = NO_FACTS
+    _facts: BlobFacts = NO_FACTS
+    _reader: PartReader | None = None
+
+    @property
+    def facts(self) -> BlobFacts:
+        """What is known of the object once it is uploaded; of a large one, not before."""
+        if self._reader is None:
+            return self._facts
+        return dataclasses.replace(self._facts, size=self._reader.size, sha256=self._reader.sha256)
 
     def plan(self) -> Upload:
         """Check the blob and give it a key; nothing is read or sent.
@@ -61,12 +72,21 @@ class Placement:
         root = _root_of(store, attribute)
         if attribute.type.max_bytes is not None or isinstance(self.blob._source, Path):
             self._check_size(self._source_size())
-        if self._original is None and attribute.type.accept:
-            self._check_content_type(self._content_type)
+        if self._original is None and attribute.type.accept and self._declared_type is not None:
+            self._check_content_type(self._declared_type)
         if attribute.type.prefix is not None:
             root = _root(store, attribute, self._own_prefix(attribute.type.prefix(self.subject)))
         self.uri = f"{root}{new_object_id()}"
-        return Upload(store, attribute.column.name, self.uri, self._request)
+        size = self._source_size()
+        return Upload(
+            store,
+            attribute.column.name,
+            self.uri,
+            self._request,
+            size=in_memory(store, size),
+            waits=self._has_to_wait(size),
+            on_progress=self.blob._on_progress,
+        )
 
     @property
     def _type(self) -> BlobType:
@@ -78,19 +98,30 @@ class Placement:
         return self.blob._copy_of if self.blob._source is None else None
 
     @property
-    def _content_type(self) -> str:
+    def _declared_type(self) -> str | None:
         return (
             self.blob._content_type
             or self._type.content_type
             or guess_content_type(self.blob._filename)
-            or DEFAULT_CONTENT_TYPE
         )
 
     def _source_size(self) -> int | None:
+        """Return the size of what is to be read; 0 of what the server copies."""
         source = self.blob._source
         if isinstance(source, Path):
             return check_source(source, column=self.attribute.label)
+        if source is None and not self._comes_from_elsewhere:
+            return 0
         return self.blob.size
+
+    @property
+    def _comes_from_elsewhere(self) -> bool:
+        original = self._original
+        return original is not None and original._store not in {None, self.store}
+
+    def _has_to_wait(self, size: int | None) -> bool:
+        is_small = size is not None and size <= PART_BYTES
+        return not is_small or isinstance(self.blob._source, ReadOnce) or self._comes_from_elsewhere
 
     def _check_size(self, size: int | None) -> None:
         limit = self._type.max_bytes
@@ -115,31 +146,63 @@ class Placement:
             )
         return prefix
 
-    # --- in the upload's slot
+    # --- within the store's budget
 
-    async def _request(self) -> PutRequest | CopyRequest:
+    async def _request(self) -> Request:
         original = self._original
-        if original is None:
-            return self._put_request(await self._read())
-        if original._store is None or original._store is self.store:
+        if original is not None and not self._comes_from_elsewhere:
             return await self._copy_request(original)
-        async with original._store.open(original.uri) as body:  # of another server, perhaps
-            self._learn(original, body.info)
-            self._check_facts()
-            payload = await read_payload(self.attribute.label, await body.read(), with_md5=False)
-        return self._put_request(payload, metadata=body.info.metadata)
+        self._facts = NO_FACTS
+        if original is not None:
+            opened, metadata = await self._open_elsewhere(original)
+        else:
+            opened, metadata = await self._open(), self.blob._metadata
+        if isinstance(opened, Payload):
+            await self._look_at(opened.body)
+            return self._put_request(opened, metadata)
+        try:
+            await self._look_at(opened.head)
+            return self._large_request(opened, metadata)
+        except BaseException:
+            await opened.aclose()
+            raise
 
-    async def _read(self) -> Payload:
-        source = self.blob._source
+    async def _open(self) -> Payload | PartReader:
+        """Read what is small; of what is large, the first part."""
+        source, label, limit = self.blob._source, self.attribute.label, self._type.max_bytes
         assert source is not None
         if isinstance(source, ReadOnce):
-            source = await source.body(self.attribute.label, max_bytes=self._type.max_bytes)
-        return await read_payload(
-            self.attribute.label, source, with_md5=False, max_bytes=self._type.max_bytes
-        )
+            return await source.open(label, max_bytes=limit)
+        return await open_source(label, source, max_bytes=limit)
+
+    async def _open_elsewhere(
+        self, original: Blob
+    ) -> tuple[Payload | PartReader, Mapping[str, str]]:
+        """Open a stored blob of another server, perhaps."""
+        assert original._store is not None
+        async with contextlib.AsyncExitStack() as stack:
+            body = await stack.enter_async_context(original._store.open(original.uri))
+            self._learn(original, body.info)
+            self._check_facts()
+            reader = iterable_reader(
+                self.attribute.label,
+                body,
+                max_bytes=self._type.max_bytes,
+                total=body.info.size,
+                close=stack.pop_all().aclose,
+            )
+        try:
+            payload = await reader.read_small()
+        except BaseException:
+            await reader.aclose()
+            raise
+        if payload is None:
+            return reader, body.info.metadata
+        await reader.aclose()
+        return payload, body.info.metadata
 
     async def _copy_request(self, original: Blob) -> CopyRequest:
-        self.facts = known = original._facts
+        self._facts = known = original._facts
         if self._type.max_bytes or self._type.accept or self._type.format == "json":
             if known.size is None or known.content_type is None:
                 self._learn(original, await self.store.head(original.uri))
@@ -153,7 +216,7 @@ class Placement:
 
     def _learn(self, original: Blob, info: ObjectInfo) -> None:
         known = original._facts
-        self.facts = BlobFacts(
+        self._facts = BlobFacts(
             size=info.size,
             content_type=info.content_type,
             sha256=known.sha256 or info.metadata.get("sha256"),
@@ -161,23 +224,64 @@ class Placement:
         )
 
     def _check_facts(self) -> None:
-        self._check_size(self.facts.size)
-        self._check_content_type(self.facts.content_type)
+        self._check_size(self._facts.size)
+        self._check_content_type(self._facts.content_type)
 
-    def _put_request(
-        self, payload: Payload, *, metadata: Mapping[str, str] | None = None
-    ) -> PutRequest:
-        content_type = self.facts.content_type or self._content_type
-        filename = self.facts.filename or self.blob._filename
-        self.facts = BlobFacts(payload.size, content_type, payload.sha256, filename)
+    async def _look_at(self, body: bytes) -> None:
+        """Compare what the bytes are with what the column accepts.
+
+        Raises:
+            ContentTypeRefusedError: they are something else.
+        """
+        if not self._type.accept:
+            return
+        declared = self._facts.content_type or self._declared_type
+        found = await sniff(body[:HEAD_BYTES])
+        if declared is None:
+            declared = found.likely or DEFAULT_CONTENT_TYPE
+            self._check_content_type(declared)
+            self._facts = dataclasses.replace(self._facts, content_type=declared)
+        if found.contradicts(declared, self._type.accepts):
+            raise ContentTypeRefusedError(
+                f"column {self.attribute.label!r} accepts {', '.join(self._type.accept)}; this "
+                f"was declared as {declared}, and its first bytes are "
+                f"{found.likely or 'something else'}"
+            )
+
+    def _describe(self, size: int | None, sha256: str | None) -> None:
+        content_type = self._facts.content_type or self._declared_type or DEFAULT_CONTENT_TYPE
+        filename = self._facts.filename or self.blob._filename
+        self._facts = BlobFacts(size, content_type, sha256, filename)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {**self._type.put_arguments, "ContentType": self._facts.content_type}
+
+    def _put_request(self, payload: Payload, metadata: Mapping[str, str]) -> PutRequest:
+        self._describe(payload.size, payload.sha256)
         return PutRequest(
             column=self.attribute.column.name,
             uri=self.uri,
             payload=payload,
             metadata=object_metadata(
-                metadata or self.blob._metadata, filename=filename, sha256=payload.sha256
+                metadata, filename=self._facts.filename, sha256=payload.sha256
             ),
-            arguments={**self._type.put_arguments, "ContentType": content_type},
+            arguments=self._arguments,
+        )
+
+    def _large_request(self, reader: PartReader, metadata: Mapping[str, str]) -> LargeRequest:
+        self._describe(reader.total, None)
+        self._reader = reader
+        # its SHA-256 is known when all was sent, and metadata goes before: the row has it
+        return LargeRequest(
+            WriteRequest(
+                column=self.attribute.column.name,
+                uri=self.uri,
+                metadata=object_metadata(metadata, filename=self._facts.filename, sha256=None),
+                arguments=self._arguments,
+                size=reader.total,
+            ),
+            reader,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic_core import PydanticCustomError, core_schema
 
 from ._blob import Blob
-from ._sources import has_async_read
+from ._sources import is_async_source
 from .errors import InvalidInputError
 
 URI_IN_JSON: Final = "blob_uri"
@@ -50,7 +50,7 @@ def blob_json_schema(mode: str) -> dict[str, Any]:
 def _validate(value: Any) -> Blob:
     if isinstance(value, Blob):
         return value
-    if not isinstance(value, (bytes, bytearray, memoryview)) and not has_async_read(value):
+    if not isinstance(value, (bytes, bytearray, memoryview)) and not is_async_source(value):
         raise PydanticCustomError(
             "blob", "an upload or a Blob is needed; a URI or other text is never taken"
         )

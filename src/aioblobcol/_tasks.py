@@ -7,6 +7,8 @@ bounded in time; a `Background` knows its tasks until they have ended.
 from __future__ import annotations
 
 import asyncio
+import collections
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +20,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aioblobcol")
 
 
-async def wait_through(tasks: Iterable[asyncio.Task[Any]]) -> asyncio.CancelledError | None:
-    """Wait until all *tasks* have ended, also while we are being cancelled.
+async def wait_through(tasks: Iterable[asyncio.Future[Any]]) -> asyncio.CancelledError | None:
+    """Wait until all *tasks* (or futures) have ended, also while we are being cancelled.
 
     Returns the cancellation that arrived meanwhile, for the caller to raise; the tasks
     themselves are left alone.
@@ -54,6 +56,57 @@ async def run_to_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
     if error is not None:
         raise error
     return task.result()
+
+
+class Budget:
+    """An amount that is shared: whoever needs more than is left waits for its turn.
+
+    First come, first served: a large demand is not overtaken by small ones. One that is larger
+    than the whole is granted the whole, so that it goes alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._left = limit
+        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+
+    @property
+    def used(self) -> int:
+        """What is granted at this moment."""
+        return self.limit - self._left
+
+    async def acquire(self, amount: int) -> int:
+        """Wait until *amount* is left, take it, and return what has to be given back."""
+        amount = min(amount, self.limit)
+        if not self._waiting and amount <= self._left:
+            self._left -= amount
+            return amount
+        turn = asyncio.get_running_loop().create_future()
+        entry = (amount, turn)
+        self._waiting.append(entry)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it was granted in the same moment
+                self.release(amount)
+            else:
+                with contextlib.suppress(ValueError):  # `_grant` may have seen it cancelled
+                    self._waiting.remove(entry)
+                self._grant()  # it may have stood before smaller ones
+            raise
+        return amount
+
+    def release(self, amount: int) -> None:
+        """Give back what `acquire` returned, or a part of it."""
+        self._left += amount
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._left:
+            amount, turn = self._waiting.popleft()
+            if not turn.done():  # else its task was cancelled, and has not run since
+                self._left -= amount
+                turn.set_result(None)
 
 
 class Background:

@@ -2,10 +2,11 @@
 
 One act may go to several stores. Invariants (the two rules of cancellation, first half): a PUT or
 a copy that is on the wire is run to its end, and only then its key is deleted; those that have
-not begun are not begun. Every key that was attempted is deleted when one fails; one without a
-definite answer is deleted a second time when its request can no longer take effect. Bytes are
-made ready inside of a store's slot and dropped with it. Deleting never raises for storage
-trouble.
+not begun are not begun. A large object is stopped at once, for nothing of it is visible before its
+completion, which counts as a PUT. Every key that was attempted is deleted when one fails; one
+without a definite answer is deleted a second time when its request can no longer take effect.
+Bytes are made ready within the store's budget, taken before they are read. Deleting never raises
+for storage trouble.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from ._sources import OnProgress, Part
 from ._store._base import (
     CopyRequest,
     DeleteReport,
     ObjectInfo,
+    ObjectWriter,
     PutRequest,
     Store,
+    WriteRequest,
     copy_seconds,
     is_owned,
     put_seconds,
 )
-from ._tasks import run_to_end, wait_through
+from ._streams import PartReader, part_bytes
+from ._tasks import Budget, run_to_end, wait_through
 from .errors import BlobUploadError, StoreClosedError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -40,22 +45,46 @@ FOREIGN = "not under this store's bucket and prefix"
 
 
 @dataclasses.dataclass(slots=True)
+class LargeRequest:
+    """One object that is written part by part.
+
+    Attributes:
+        write: what it is to be.
+        reader: gives the parts; closed when it is over.
+    """
+
+    write: WriteRequest
+    reader: PartReader
+
+
+Request = PutRequest | CopyRequest | LargeRequest
+
+
+@dataclasses.dataclass(slots=True)
 class Upload:
-    """One object that is to be made: by a PUT, or by a copy inside of the server.
+    """One object that is to be made: by a PUT, part by part, or by a copy inside of the server.
 
     Attributes:
         store: where it is made.
         column: its name stands in the errors.
         uri: the new object; the request must be about it.
-        prepare: makes the request, inside of the store's slot and right before it is sent, so
-            that there are never more bodies than slots. What it raises is this upload's failure,
-            with nothing begun. It may be cancelled.
+        prepare: makes the request, right before it is sent. What it raises is this upload's
+            failure, with nothing begun. It may be cancelled.
+        size: bytes that it takes into memory, of one part at most; they are taken from the store's
+            budget before.
+        waits: it reads from somebody who may be slow, and must not keep a slot meanwhile.
+        on_progress: told of what was sent.
+        note_upload: told the server's name of a large upload, before its first part is sent.
     """
 
     store: Store
     column: str
     uri: str
-    prepare: Callable[[], Awaitable[PutRequest | CopyRequest]]
+    prepare: Callable[[], Awaitable[Request]]
+    size: int = 0
+    waits: bool = False
+    on_progress: OnProgress | None = None
+    note_upload: Callable[[str], Awaitable[None]] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -210,27 +239,175 @@ async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]
     return found
 
 
+def in_memory(store: Store, size: int | None) -> int:
+    """Return how many bytes an upload takes into memory before its first request is sent.
+
+    Args:
+        store: where it goes.
+        size: of the whole; None if it is not known.
+    """
+    first = part_bytes(1, total=size)
+    if size is not None and size <= first:
+        return size
+    return first * (1 + store.capabilities.parts_held)
+
+
 def prepared(store: Store, request: PutRequest) -> Upload:
     """Return the upload of a request whose bytes are there already."""
 
     async def prepare() -> PutRequest:
         return request
 
-    return Upload(store, request.column, request.uri, prepare)
+    return Upload(store, request.column, request.uri, prepare, size=request.payload.size)
+
+
+class _Hold:
+    """Bytes of a store's budget, given back once."""
+
+    __slots__ = ("_amount", "_budget")
+
+    def __init__(self, budget: Budget, amount: int) -> None:
+        self._budget = budget
+        self._amount = amount
+
+    @classmethod
+    async def of(cls, store: Store, size: int) -> _Hold:
+        budget = store.runtime.budget
+        return cls(budget, await budget.acquire(size))
+
+    def shrink(self, size: int) -> None:
+        if size < self._amount:
+            self._budget.release(self._amount - size)
+            self._amount = size
+
+    def release(self) -> None:
+        self.shrink(0)
 
 
 async def _upload(upload: Upload, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop) -> None:
-    async with slots:
-        try:
-            if not stop.is_set:
-                await _prepare_and_send(upload, attempt, stop)
-        except BaseException:
-            stop.is_set = True
-            raise
+    hold = await _Hold.of(upload.store, upload.size)
+    try:
+        if stop.is_set:
+            return
+        if upload.waits:
+            await _prepare_and_send(upload, attempt, slots, stop, hold)
+        else:
+            async with slots:
+                if not stop.is_set:
+                    await _send(upload, await upload.prepare(), attempt, stop)
+    except BaseException:
+        stop.is_set = True
+        raise
+    finally:
+        hold.release()
 
 
-async def _prepare_and_send(upload: Upload, attempt: Attempt, stop: _Stop) -> None:
+async def _prepare_and_send(
+    upload: Upload, attempt: Attempt, slots: asyncio.Semaphore, stop: _Stop, hold: _Hold
+) -> None:
     request = await upload.prepare()
+    if isinstance(request, LargeRequest):
+        try:
+            await _Writing(upload, request, attempt, stop).run(hold)
+        finally:
+            await request.reader.aclose()
+        return
+    if isinstance(request, PutRequest):
+        hold.shrink(request.payload.size)
+    async with slots:
+        await _send(upload, request, attempt, stop)
+
+
+class _Writing:
+    """A large object on its way: the next part is read when there is room for it."""
+
+    def __init__(
+        self, upload: Upload, request: LargeRequest, attempt: Attempt, stop: _Stop
+    ) -> None:
+        assert request.write.uri == upload.uri
+        self._upload = upload
+        self._store = upload.store
+        self._write = request.write
+        self._reader = request.reader
+        self._attempt = attempt
+        self._stop = stop
+        self._done = 0
+        self._holds: set[_Hold] = set()  # a task that is cancelled before it runs gives none back
+
+    async def run(self, hold: _Hold) -> None:
+        """Write all parts and complete the object; *hold* is for the first part."""
+        attempt = self._attempt
+        try:
+            async with self._store.open_writer(self._write) as writer:
+                if writer.upload_id is not None and self._upload.note_upload is not None:
+                    await self._upload.note_upload(writer.upload_id)
+                await self._send_parts(writer, hold)
+                if self._stop.is_set:  # another one failed meanwhile; this one is aborted
+                    return
+                writer.finish(self._reader.crc32)
+                attempt.seconds = copy_seconds(self._store)
+                attempt.begun = attempt.may_land_late = True  # the completion is sent from here on
+        except StoreError as exc:
+            attempt.may_land_late = attempt.begun and exc.may_have_taken_effect
+            raise
+        attempt.may_land_late = False
+
+    async def _send_parts(self, writer: ObjectWriter, first: _Hold) -> None:
+        known = self._store.capabilities
+        room = asyncio.Semaphore(known.parts_at_once)
+        next_hold: _Hold | None = first
+        try:
+            async with asyncio.TaskGroup() as group:
+                while not self._stop.is_set:
+                    await room.acquire()
+                    hold = next_hold or await _Hold.of(self._store, self._reader.next_bytes())
+                    part = await self._next_part(hold)
+                    if part is None:
+                        break
+                    # where the store keeps parts by itself, the first hold is for all of them
+                    next_hold = first if known.parts_held else None
+                    if next_hold is None:
+                        self._holds.add(hold)
+                    group.create_task(
+                        self._send_part(writer, part, hold, room),
+                        name=f"aioblobcol: part {part.number} of {self._upload.column}",
+                    )
+        except BaseExceptionGroup as exc:
+            raise exc.exceptions[0]  # noqa: B904 - its own cause says more
+        finally:
+            for hold in tuple(self._holds):
+                hold.release()
+
+    async def _next_part(self, hold: _Hold) -> Part | None:
+        part: Part | None = None
+        try:
+            part = await self._reader.next_part()
+        finally:
+            if part is None:
+                hold.release()
+        return part
+
+    async def _send_part(
+        self, writer: ObjectWriter, part: Part, hold: _Hold, room: asyncio.Semaphore
+    ) -> None:
+        try:
+            async with self._store.runtime.slots:
+                async with asyncio.timeout(put_seconds(self._store, part.size)):
+                    await writer.write(part)
+        except TimeoutError as exc:
+            raise StoreUnavailableError("put", self._write.uri, "no answer in time") from exc
+        finally:
+            if hold in self._holds:
+                self._holds.discard(hold)
+                hold.release()
+            room.release()
+        self._done += part.size
+        if self._upload.on_progress is not None:
+            self._upload.on_progress(self._done, self._reader.total)
+
+
+async def _send(upload: Upload, request: Request, attempt: Attempt, stop: _Stop) -> None:
+    assert not isinstance(request, LargeRequest)  # its upload would have to wait
     assert request.uri == upload.uri  # or another object would be made than the one to be deleted
     if stop.is_set:  # another one failed meanwhile
         return
@@ -254,6 +431,8 @@ async def _prepare_and_send(upload: Upload, attempt: Attempt, stop: _Stop) -> No
         verb = "copy" if isinstance(request, CopyRequest) else "put"
         raise StoreUnavailableError(verb, request.uri, "no answer in time") from exc
     attempt.may_land_late = not was_answered_at_once
+    if upload.on_progress is not None and isinstance(request, PutRequest):
+        upload.on_progress(request.payload.size, request.payload.size)
 
 
 def _cancelled_by_others(

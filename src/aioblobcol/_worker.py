@@ -28,9 +28,9 @@ from ._journal import (
     lag_of,
     warn_of_missing_triggers,
 )
-from ._store._base import DeleteReport, Store, is_owned
+from ._store._base import DeleteReport, IncompleteUpload, Store, is_owned
 from ._tasks import run_to_end
-from .errors import InvalidInputError, StoreClosedError
+from .errors import InvalidInputError, StoreClosedError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -222,7 +222,9 @@ class Worker:
             self._on_round(report)
 
     async def _carry_out(self, claim: str, condemned: Sequence[Condemned]) -> WorkReport:
-        report = await self._delete([each.uri for each in condemned])
+        left = await self._abort_uploads(condemned)
+        report = await self._delete([each.uri for each in condemned if each.uri not in left])
+        report = report.merged_with(DeleteReport(failed=left))
         known = {each.uri: each for each in condemned}
         deleted = [each for each in condemned if each.uri not in report.failed]
         async with begin_read_committed(self._engine) as connection:
@@ -234,6 +236,25 @@ class Worker:
         for uri, reason in report.failed.items():
             logger.error("cannot delete %s: %s", uri, reason, extra={"uri": uri})
         return WorkReport(len(condemned), len(deleted), removed, report.failed)
+
+    async def _abort_uploads(self, condemned: Sequence[Condemned]) -> dict[str, str]:
+        """Abort what may still be completed, and return what could not be, with the reason.
+
+        A completion that comes after the object was deleted would bring it back.
+        """
+        uploads = [
+            (store, IncompleteUpload(each.uri, each.upload_id))
+            for each in condemned
+            if each.upload_id is not None
+            for store in self._journal.stores.values()
+            if is_owned(store, each.uri)
+        ]
+        reasons = await asyncio.gather(*(_abort(store, upload) for store, upload in uploads))
+        return {
+            upload.uri: reason
+            for (_, upload), reason in zip(uploads, reasons, strict=True)
+            if reason is not None
+        }
 
     async def _delete(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects of all stores at once."""
@@ -249,6 +270,17 @@ class Worker:
         for report in reports:
             whole = whole.merged_with(report)
         return whole
+
+
+async def _abort(store: Store, upload: IncompleteUpload) -> str | None:
+    try:
+        async with asyncio.timeout(store.request_seconds):
+            await store.abort_upload(upload)
+    except StoreError as exc:
+        return exc.code
+    except Exception as exc:  # the others' entries have to be noted all the same
+        return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    return None
 
 
 async def _delete(store: Store, uris: list[str]) -> DeleteReport:

@@ -19,16 +19,34 @@ import re
 import warnings
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 from sqlalchemy import ColumnElement, Table, and_, true
 
 from ._journal import LEFT_TO_WORKER, Journal, JournalWriter, Staging, undo
-from ._sources import BlobSource, Payload, check_source, read_payloads
-from ._store._base import DeleteReport, ObjectInfo, PutRequest, Store, owned_uris
+from ._sources import (
+    HASH_INLINE_BYTES,
+    PART_BYTES,
+    BlobSource,
+    Buffer,
+    OnProgress,
+    Payload,
+    check_source,
+    read_payloads,
+)
+from ._store._base import (
+    DeleteReport,
+    ObjectInfo,
+    PutRequest,
+    Store,
+    WriteRequest,
+    owned_uris,
+)
 from ._store._metadata import encode_metadata
 from ._store._s3 import S3Store, drain
-from ._transfer import Attempt, Upload, delete_all, head_all, prepared
+from ._streams import Fingerprint, fingerprint, open_source
+from ._transfer import Attempt, LargeRequest, Request, Upload, delete_all, head_all, in_memory
 from ._uri import (
     PrimaryKey,
     UploadedUri,
@@ -51,6 +69,7 @@ from .errors import (
     InvalidColumnError,
     InvalidInputError,
     InvalidPutArgumentsError,
+    InvalidSourceError,
     NaiveDatetimeError,
     ResultSpentError,
 )
@@ -97,17 +116,22 @@ class PutS3ApiCall:
 
     Attributes:
         column: the column's name.
-        binary: bytes, bytearray, memoryview, or the `pathlib.Path` of a file.
+        binary: bytes, bytearray, memoryview, the `pathlib.Path` of a file, a file that is open in
+            binary mode, an async iterator of bytes, an object with an async ``read``
+            (``UploadFile``, aiohttp's streams), or a response of httpx or aiohttp. More than
+            8 MiB are uploaded part by part. The key of a stream has no ``md5=`` segment.
         old_s3_uri: what the row holds now: None for a new row, and whatever the column held
             (also None) for an update. It is deleted after the commit.
         extra_put_object_kwargs: passed to ``put_object``, such as ``ContentType``; a
             ``Metadata`` among them is merged with the library's. Never changed.
+        on_progress: told of what was sent.
     """
 
     column: str
     binary: BlobSource = dataclasses.field(repr=False)
     old_s3_uri: str | None
     extra_put_object_kwargs: Mapping[str, Any] | None = None
+    on_progress: OnProgress | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -315,7 +339,7 @@ async def put_s3(
     skip_unchanged: bool = False,
     journal: Journal | None = None,
 ) -> PutS3Result:
-    """Upload the binary columns of one row, all at once, one PUT each.
+    """Upload the binary columns of one row, all at once, one PUT each if they are not large.
 
     Nothing is written to the database here. If one upload fails, or the caller is cancelled,
     everything that was attempted is deleted again before the error arrives.
@@ -330,7 +354,8 @@ async def put_s3(
         is_pk_url_safe: take the key's parts as they are instead of base64.
         store: in place of client, bucket and prefix; see `aioblobcol.open_store`.
         skip_unchanged: compare length and SHA-256 with the old object's (one HEAD) and leave
-            equal columns alone. For updates guarded with ``WHERE column = old URI`` only.
+            equal columns alone; streams are uploaded all the same. For updates guarded with
+            ``WHERE column = old URI`` only.
         journal: stage the objects there before they can exist; it needs an ``engine`` of its own.
             The columns have to be among its ``uri_columns``. That the row has adopted them is
             checked before COMMIT if the result goes into `blob_transaction` or `enlist`.
@@ -394,30 +419,30 @@ async def put_row(
     if writer is not None:
         writer.journal.check_names(call.column for call in api_calls)
     store.runtime  # noqa: B018 - raises when closed, before files are read
-    payloads = await read_payloads([(call.column, call.binary) for call in api_calls])
+    known = await _known_bytes(api_calls)
     planned = [
-        _request(store, call, payload, encoded_pk, metadata)
-        for call, payload in zip(api_calls, payloads, strict=True)
+        _plan(store, call, each, encoded_pk, metadata)
+        for call, each in zip(api_calls, known, strict=True)
     ]
-    for request in planned:
-        store.check_put(request)
+    for each in planned:
+        store.check_put(each.as_put)
     old = [call.old_s3_uri for call in api_calls if call.old_s3_uri] if skip_unchanged else []
     found = await head_all(store, old)
     results: list[PutS3BackedColumnResult] = []
-    requests: list[PutRequest] = []
-    for call, request in zip(api_calls, planned, strict=True):
+    uploads: list[Upload] = []
+    for call, plan in zip(api_calls, planned, strict=True):
         in_place = found.get(call.old_s3_uri or "")
-        if in_place is not None and _is_same(in_place, request.payload):
+        if in_place is not None and plan.is_same_as(in_place):
             uri, executed = in_place.uri, False
         else:
-            requests.append(request)
-            uri, executed = request.uri, True
+            uploads.append(plan.upload())
+            uri, executed = plan.uri, True
         results.append(PutS3BackedColumnResult(call.column, call.old_s3_uri, uri, executed))
     if on_attempt is not None:
         on_attempt([result for result in results if result.executed])
-    attempts = await upload([prepared(store, request) for request in requests])
+    attempts = await upload(uploads)
     life = _Life(
-        [request.uri for request in requests], must_be_settled=writer is None
+        [each.uri for each in uploads], must_be_settled=writer is None
     )  # or the journal's worker removes what is left
     return PutS3Result(tuple(results), store, tuple(attempts), life, writer)
 
@@ -631,29 +656,120 @@ def _check_calls(api_calls: Sequence[PutS3ApiCall]) -> None:
             raise InvalidPutArgumentsError(f"column {call.column!r}: Metadata is a dict")
 
 
-def _request(
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """One column on its way: what is known of its bytes before they are sent."""
+
+    store: Store
+    call: PutS3ApiCall
+    uri: str
+    metadata: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    known: Payload | Fingerprint | None
+
+    @property
+    def as_put(self) -> PutRequest:
+        """The request, if it is one PUT, with its bytes if they are here."""
+        payload = self.known if isinstance(self.known, Payload) else _NO_PAYLOAD
+        metadata = self.metadata
+        if self.known is not None:
+            metadata = {**metadata, "sha256": self.known.sha256}
+        return PutRequest(
+            self.call.column, self.uri, payload, encode_metadata(metadata), self.arguments
+        )
+
+    def is_same_as(self, info: ObjectInfo) -> bool:
+        """Tell whether an object has the same bytes."""
+        known = self.known
+        return (
+            known is not None
+            and info.size == known.size
+            and info.metadata.get("sha256") == known.sha256
+        )
+
+    def upload(self) -> Upload:
+        """Return the act."""
+        size = None if self.known is None else self.known.size
+        return Upload(
+            self.store,
+            self.call.column,
+            self.uri,
+            self._prepare,
+            size=in_memory(self.store, size),
+            waits=not isinstance(self.known, Payload),
+            on_progress=self.call.on_progress,
+        )
+
+    async def _prepare(self) -> Request:
+        if isinstance(self.known, Payload):
+            return self.as_put
+        opened = await open_source(self.call.column, self.call.binary)
+        if isinstance(opened, Payload):
+            self._check_unchanged(opened.sha256)
+            return dataclasses.replace(self, known=opened).as_put
+        try:
+            request = self.as_put
+            opened.on_end = self._check_unchanged
+            return LargeRequest(
+                WriteRequest(
+                    request.column, self.uri, request.metadata, self.arguments, opened.total
+                ),
+                opened,
+            )
+        except BaseException:
+            await opened.aclose()
+            raise
+
+    def _check_unchanged(self, sha256: str) -> None:
+        """Refuse a file that was written to since its key was made of it."""
+        if self.known is not None and self.known.sha256 != sha256:
+            raise InvalidSourceError(
+                f"column {self.call.column!r}: {self.call.binary!r} was changed while it was sent"
+            )
+
+
+_NO_PAYLOAD: Final = Payload(body=b"", md5=None, sha256="", crc32=0)
+
+
+def _plan(
     store: Store,
     call: PutS3ApiCall,
-    payload: Payload,
+    known: Payload | Fingerprint | None,
     encoded_pk: str,
     metadata: Mapping[str, str],
-) -> PutRequest:
+) -> _Plan:
     content = content_key(
-        prefix=store.prefix, encoded_pk=encoded_pk, column=call.column, md5=payload.md5
+        prefix=store.prefix,
+        encoded_pk=encoded_pk,
+        column=call.column,
+        md5=None if known is None else known.md5,
     )
     extra = dict(call.extra_put_object_kwargs or {})
-    merged = {**metadata, **(extra.pop("Metadata", None) or {}), "sha256": payload.sha256}
-    return PutRequest(
-        column=call.column,
-        uri=join_s3_uri(store.bucket, attempt_key(content)),
-        payload=payload,
-        metadata=encode_metadata(merged),
-        arguments=extra,
-    )
+    merged = {**metadata, **(extra.pop("Metadata", None) or {})}
+    uri = join_s3_uri(store.bucket, attempt_key(content))
+    if isinstance(known, Payload) and known.size > PART_BYTES:
+        call = dataclasses.replace(call, binary=known.body)  # a copy, of what is mutable
+        known = Fingerprint(known.size, known.md5, known.sha256)
+    return _Plan(store, call, uri, merged, extra, known)
 
 
-def _is_same(info: ObjectInfo, payload: Payload) -> bool:
-    return info.size == payload.size and info.metadata.get("sha256") == payload.sha256
+async def _known_bytes(
+    calls: Sequence[PutS3ApiCall],
+) -> list[Payload | Fingerprint | None]:
+    """Return what is small as bytes, hashes of large files, None of a stream."""
+    known: dict[int, Payload | Fingerprint] = {}
+    small: dict[int, tuple[str, Buffer | Path]] = {}
+    for place, call in enumerate(calls):
+        source = call.binary
+        if isinstance(source, Path):
+            size = check_source(source, column=call.column)
+            if size is not None and size > HASH_INLINE_BYTES:
+                known[place] = await fingerprint(call.column, source)
+                continue
+        if isinstance(source, (bytes, bytearray, memoryview, Path)):
+            small[place] = (call.column, source)
+    known.update(zip(small, await read_payloads(list(small.values())), strict=True))
+    return [known.get(place) for place in range(len(calls))]
 
 
 def _aware(update_at: datetime | None) -> datetime:

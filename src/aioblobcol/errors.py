@@ -6,12 +6,15 @@ AioBlobColError
 │   ├── ForeignUriError                not under this store's bucket and prefix
 │   ├── InvalidBucketError, InvalidPrefixError, InvalidPrimaryKeyError, InvalidColumnError
 │   ├── InvalidSourceError (TypeError) not something that can be uploaded
-│   │   └── BlobTooLargeError          more bytes than the column takes
+│   │   ├── BlobTooLargeError          more bytes than the column takes
+│   │   └── SizeMismatchError          another number of bytes than was declared
 │   ├── ContentTypeRefusedError        a content type that the column does not accept
 │   ├── NaiveDatetimeError             a datetime without a time zone
 │   └── InvalidPutArgumentsError       what put_object does not take, or what the library owns
 ├── StoreError                         S3 refused or failed one request
 │   ├── BlobNotFoundError
+│   ├── BlobChangedError               the object is not the version that was asked for
+│   ├── BlobCorruptedError             the bytes that came are not those that were stored
 │   ├── StoreAccessError
 │   └── StoreUnavailableError          no definite answer: it may have taken effect
 ├── StoreClosedError (RuntimeError)
@@ -94,6 +97,10 @@ class BlobTooLargeError(InvalidSourceError):
     """
 
 
+class SizeMismatchError(InvalidSourceError):
+    """The source has another number of bytes than it was declared to have; nothing was kept."""
+
+
 class ContentTypeRefusedError(InvalidInputError):
     """A content type that the column's ``accept`` does not name; nothing was kept."""
 
@@ -134,6 +141,18 @@ class BlobNotFoundError(StoreError):
     """The object, or its bucket, is not there."""
 
     advice = "Read the row again, it may have been replaced; check that the bucket exists."
+
+
+class BlobChangedError(StoreError):
+    """The object is not the version that was asked for: somebody has overwritten it."""
+
+    advice = "Keys of this library are never written twice: who else writes under this prefix?"
+
+
+class BlobCorruptedError(StoreError):
+    """The bytes that came are not those that were stored; what was read is not to be used."""
+
+    advice = "Read it again. If it stays so the object is damaged: restore it from a backup."
 
 
 class StoreAccessError(StoreError):

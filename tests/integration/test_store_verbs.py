@@ -20,6 +20,7 @@ from aiobotocore.session import get_session
 from support.s3_proxy import Request, S3Proxy, answer, s3_proxy
 
 from aioblobcol import (
+    BlobCorruptedError,
     BlobNotFoundError,
     BlobUploadError,
     InvalidInputError,
@@ -382,7 +383,7 @@ class TestOpen:
             assert await reader.read() == b"page"
         assert proxy.requests[-1].headers["x-amz-checksum-mode"] == "ENABLED"
         proxy.rule = change
-        with pytest.raises(StoreUnavailableError, match="Checksum"):
+        with pytest.raises(BlobCorruptedError, match="checksum"):
             async with store.open(uri) as reader:
                 await reader.read()
 

@@ -27,7 +27,7 @@ class World:
     """
 
     def __init__(
-        self, database: Database, store: MemoryStore, *, name: str = "world", **arguments: Any
+        self, database: Database, store: Any, *, name: str = "world", **arguments: Any
     ) -> None:
         class Base(DeclarativeBase):
             pass

@@ -324,4 +324,5 @@ async def testing(engine: AsyncEngine) -> None:
     assert_type(found, dict[str, bytes])
 
     store.fail("list")  # type: ignore[arg-type]
-    store.fail("put", stage="during")  # type: ignore[arg-type]
+    store.fail("get", stage="during", times=1)
+    store.fail("put", stage="midway")  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from aioblobcol import (
     Store,
     blob_report,
     blob_sessionmaker,
+    download_blob,
     enlist,
     open_blob,
     track_blobs,
@@ -120,6 +121,13 @@ def assigning(task: Task, upload: UploadFile, store: Store) -> None:
     task.required.uri = "s3://b/k"  # type: ignore[misc]
 
 
+def progress(done_bytes: int, total_bytes: int | None, /) -> None:
+    assert total_bytes is None or done_bytes <= total_bytes
+
+
+def print_nothing() -> None: ...
+
+
 async def reading(task: Task, store: Store) -> None:
     blob = task.required
     assert_type(task.html, Blob | None)
@@ -139,9 +147,20 @@ async def reading(task: Task, store: Store) -> None:
         assert_type(await body.read(), bytes)
     async with open_blob(store, blob) as body:
         assert_type(body.info, ObjectInfo)
-    async with open_blob(store, "s3://b/k"):
+    async with open_blob(store, "s3://b/k", start=5, stop=7, parts_at_once=4):
         pass
+    async with blob.open(start=5, on_progress=progress):
+        pass
+    assert_type(await blob.read(start=5, stop=7), bytes)
+    assert_type(await blob.download_to("file", on_progress=progress), ObjectInfo)
+    assert_type(await download_blob(store, "s3://b/k", Path("file")), ObjectInfo)
+    await download_blob(store, blob, "file", part_bytes=2**20, parts_at_once=2)
 
+    await blob.read(5)  # type: ignore[call-arg]
+    blob.open(stop="7")  # type: ignore[arg-type]
+    await blob.download_to(b"file")  # type: ignore[arg-type]
+    await download_blob(blob, "file")  # type: ignore[call-arg, arg-type]
+    await blob.download_to("file", on_progress=print_nothing)  # type: ignore[arg-type]
     await task.html.read()  # type: ignore[union-attr]
     blob.read().decode()  # type: ignore[attr-defined]
     await blob.presigned_url(timedelta(1))  # type: ignore[call-arg]

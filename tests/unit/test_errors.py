@@ -12,6 +12,8 @@ import pytest
 from aioblobcol import errors
 from aioblobcol.errors import (
     AioBlobColError,
+    BlobChangedError,
+    BlobCorruptedError,
     BlobNotFoundError,
     BlobNotUploadedError,
     BlobNotWrittenError,
@@ -36,6 +38,7 @@ from aioblobcol.errors import (
     Outcome,
     OwnershipError,
     ResultSpentError,
+    SizeMismatchError,
     StoreAccessError,
     StoreClosedError,
     StoreError,
@@ -63,6 +66,7 @@ EXAMPLES: list[AioBlobColError] = [
             NaiveDatetimeError,
             InvalidPutArgumentsError,
             BlobTooLargeError,
+            SizeMismatchError,
             ContentTypeRefusedError,
             StoreClosedError,
             BlobNotUploadedError,
@@ -75,6 +79,8 @@ EXAMPLES: list[AioBlobColError] = [
     ),
     StoreError("put", NEW, "InvalidRequest"),
     BlobNotFoundError("get", NEW, "NoSuchKey"),
+    BlobChangedError("get", NEW, "PreconditionFailed"),
+    BlobCorruptedError("get", NEW, "its SHA-256 is another one"),
     StoreAccessError("put", NEW, "AccessDenied"),
     StoreUnavailableError("put", NEW, "SlowDown"),
     BlobUploadError("html", NEW, "SlowDown."),

@@ -12,6 +12,7 @@ import pytest
 from aioblobcol._sources import read_payloads
 from aioblobcol._store._base import (
     READ_CHUNK_BYTES,
+    ByteRange,
     CopyRequest,
     ObjectInfo,
     PutRequest,
@@ -19,6 +20,7 @@ from aioblobcol._store._base import (
     owned_uris,
 )
 from aioblobcol.errors import (
+    BlobChangedError,
     BlobNotFoundError,
     ForeignUriError,
     InvalidBucketError,
@@ -60,7 +62,7 @@ class TestVerbs:
         assert await memory_store.get(A) == b"page"
         info = await memory_store.head(A)
         assert info.modified_at is not None
-        assert info == ObjectInfo(A, 4, {"name": "ü"}, modified_at=info.modified_at)
+        assert info == ObjectInfo(A, 4, {"name": "ü"}, modified_at=info.modified_at, etag=info.etag)
 
     async def test_arguments_are_kept_for_the_test(self, memory_store: MemoryStore) -> None:
         """A test can see what was sent with an object."""
@@ -218,7 +220,7 @@ class TestOpen:
         async with memory_store.open(A) as reader:
             chunks = [chunk async for chunk in reader]
 
-        info = dataclasses.replace(reader.info, modified_at=None)
+        info = dataclasses.replace(reader.info, modified_at=None, etag=None)
         assert info == ObjectInfo(A, len(body), {}, content_type="text/html")
         assert reader.info == await memory_store.head(A)
         assert [len(chunk) for chunk in chunks] == [READ_CHUNK_BYTES, READ_CHUNK_BYTES, 115_712]
@@ -232,6 +234,49 @@ class TestOpen:
 
             assert await reader.read() == b"rest"
             assert await reader.read() == b""
+
+    @pytest.mark.parametrize(
+        ("part", "body"),
+        [((1, 3), b"ag"), ((0, 9), b"page"), ((2, None), b"ge"), ((4, 5), b""), ((2, 2), b"")],
+    )
+    async def test_a_part(
+        self, memory_store: MemoryStore, part: tuple[int, int | None], body: bytes
+    ) -> None:
+        """A part has the bytes of a slice; it is described as the whole object."""
+        await memory_store.put(await request(A))
+        async with memory_store.open(A, part=ByteRange(*part)) as reader:
+            assert await reader.read() == body
+            assert reader.info == await memory_store.head(A)
+
+    async def test_what_is_no_part(self, memory_store: MemoryStore) -> None:
+        """A range that no object has is refused, and asks for nothing."""
+        with pytest.raises(InvalidInputError):
+            async with memory_store.open(A, part=ByteRange(2, 1)):
+                raise AssertionError("not reached")
+        assert memory_store.calls == []
+
+    async def test_one_version(self, memory_store: MemoryStore) -> None:
+        """Overwritten, also with the same bytes, an object is another version."""
+        await memory_store.put(await request(A))
+        etag = (await memory_store.head(A)).etag
+        async with memory_store.open(A, etag=etag) as reader:
+            assert await reader.read() == b"page"
+        await memory_store.put(await request(A))
+
+        with pytest.raises(BlobChangedError, match="not"):
+            async with memory_store.open(A, etag=etag):
+                raise AssertionError("not reached")
+
+    async def test_breaks_off_in_the_middle(self, memory_store: MemoryStore) -> None:
+        """A connection may be lost between any two chunks."""
+        await memory_store.put(await request(A, bytes(2 * READ_CHUNK_BYTES)))
+        memory_store.fail("get", stage="during", times=1)
+        async with memory_store.open(A) as reader:
+            assert len(await anext(reader)) == READ_CHUNK_BYTES
+            with pytest.raises(StoreUnavailableError, match="broke off"):
+                await anext(reader)
+
+            assert len(await reader.read()) == READ_CHUNK_BYTES
 
     async def test_is_closed_afterwards(self, memory_store: MemoryStore) -> None:
         """A reader is used inside of its block only."""

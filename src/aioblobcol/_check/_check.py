@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,16 @@ from .._journal import (
     named_by_rows,
     tables_with_uris,
 )
-from .._store._base import ListedObject, ObjectInfo, Store, is_owned
+from .._store._base import IncompleteUpload, ListedObject, ObjectInfo, Store, is_owned
 from .._tasks import run_to_end
 from .._uri import is_one_attempt, marker_uri, root_uri
-from ..errors import BlobNotFoundError, InvalidInputError, OwnershipError, StoreError
+from ..errors import (
+    BlobNotFoundError,
+    InvalidInputError,
+    OwnershipError,
+    StoreAccessError,
+    StoreError,
+)
 from ._findings import Finding, FindingKind
 from ._known import Knowledge, Known
 from ._ranges import KeyRange, share_out, share_within
@@ -43,6 +50,7 @@ if TYPE_CHECKING:
         AsyncGenerator,
         AsyncIterator,
         Callable,
+        Collection,
         Iterable,
         Iterator,
         Mapping,
@@ -51,6 +59,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+logger = logging.getLogger("aioblobcol.check")
 
 CONNECT_SECONDS = 60
 VERIFIED_AT_ONCE = 100
@@ -62,6 +72,10 @@ WAITING_AT_MOST = 100
 
 LAST = "\U0010ffff"  # comes after every URI
 ASKED_OF_STORE = frozenset({FindingKind.ORPHAN, FindingKind.DANGLING, FindingKind.SIZE_MISMATCH})
+
+
+def _age(moment: datetime) -> timedelta:
+    return datetime.now(timezone.utc) - moment
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,6 +229,45 @@ class Check:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
+        async with contextlib.aclosing(self._uploads()) as uploads:
+            async for finding in uploads:
+                yield finding
+
+    async def _uploads(self) -> AsyncGenerator[Finding, None]:
+        """Give the uploads that nobody will complete any more.
+
+        An upload is staged before it is created, and its entry renewed as long as it is under way:
+        with a journal, one that is not listed is nobody's. One that was completed meanwhile cannot
+        be aborted any more.
+        """
+        known: list[IncompleteUpload] = []
+        try:
+            async with contextlib.aclosing(self._store.iter_uploads()) as listed:
+                known = [upload async for upload in listed if self._is_our_own(upload.uri)]
+        except StoreAccessError as exc:
+            logger.warning("incomplete uploads were not looked for: %s", exc)
+        uris = [upload.uri for upload in known]
+        under_way: Collection[str] = ()
+        if self._entries is not None and uris:
+            async with self._connect() as connection:
+                under_way = await self._entries.listed(connection, uris)
+        for upload in known:
+            started_at = upload.started_at
+            is_young = started_at is not None and _age(started_at) < self._min_age
+            if is_young or upload.uri in under_way:
+                continue
+            if self._delete:
+                await self._store.abort_upload(upload)
+            yield Finding(
+                FindingKind.INCOMPLETE_UPLOAD,
+                upload.uri,
+                modified_at=started_at,
+                is_condemned=self._delete,
+                reason=f"upload {upload.upload_id}",
+            )
+
+    def _is_our_own(self, uri: str) -> bool:
+        return is_one_attempt(uri) and self._owns(uri)
 
     async def _check_may_delete(self) -> None:
         if self._journal is None:

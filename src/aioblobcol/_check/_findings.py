@@ -16,6 +16,7 @@ class FindingKind(enum.Enum):
     SHARED = "shared"
     STUCK = "stuck"
     ORPHAN = "orphan"
+    INCOMPLETE_UPLOAD = "incomplete_upload"
 
     @property
     def meaning(self) -> str:
@@ -34,6 +35,8 @@ _MEANING = {
     FindingKind.STUCK: "the journal's worker should have dealt with it long ago; is one running, "
     "and may it delete?",
     FindingKind.ORPHAN: "an object that no row names; --delete removes it",
+    FindingKind.INCOMPLETE_UPLOAD: "parts of an object that was neither completed nor given up, "
+    "which cost storage; --delete removes them",
 }
 
 
@@ -45,7 +48,7 @@ class Finding:
         kind: what.
         uri: of the object.
         size: in bytes, of an orphan and of an object of another size than its row says.
-        modified_at: of an orphan.
+        modified_at: of an orphan; of an incomplete upload, when it was started.
         is_condemned: it is deleted, or the journal's worker will.
         reason: what else is known: the size in the row; the journal's state, and its last error.
     """

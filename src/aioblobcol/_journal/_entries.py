@@ -72,11 +72,13 @@ class Condemned:
         uri: the object.
         attempts: how often deleting it has failed.
         needs_second_delete: it was never in a row, so that its upload may still be under way.
+        upload_id: of the multipart upload that was to make it; to be aborted before.
     """
 
     uri: str
     attempts: int
     needs_second_delete: bool
+    upload_id: str | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,6 +129,15 @@ class Entries:
             left += [uri for uri in some if uri not in renewed]
         return left
 
+    async def note_upload(self, connection: AsyncConnection, uri: str, upload_id: str) -> bool:
+        """Write down what has to be aborted; False if the object is not staged any more."""
+        noted = await connection.execute(
+            update(self._table)
+            .where(self._table.c.uri == uri, self._table.c.state == "staged")
+            .values(upload_id=upload_id)
+        )
+        return bool(noted.rowcount)
+
     async def condemn(
         self,
         connection: AsyncConnection,
@@ -165,7 +176,7 @@ class Entries:
                 .where(table.c.uri.in_(some))
                 .values(claim=claim, not_before=self._after(lease))
             )
-        return [Condemned(e.uri, e.attempts, e.owner is None) for e in mine]
+        return [Condemned(e.uri, e.attempts, e.owner is None, e.upload_id) for e in mine]
 
     async def _lock_due(
         self, connection: AsyncConnection, limit: int, stores: Iterable[Store]

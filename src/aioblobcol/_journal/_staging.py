@@ -6,6 +6,7 @@ Invariants: nothing is sent to a store before its entry is staged; without a jou
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from .._store._base import DeleteReport
@@ -64,6 +65,8 @@ class Staging:
         if self._is_inside:  # nobody else sees it yet, and nobody else may write
             return await upload_each(uploads)
         uris = [upload.uri for upload in uploads]
+        for upload in uploads:
+            upload.note_upload = functools.partial(writer.note_upload, upload.uri)
         self.is_begun = True
         await writer.stage(uris)
         async with writer.renewing(uris):

@@ -168,6 +168,20 @@ class JournalWriter:
             reason = str(exc).partition("\n")[0] or "no answer in time"
             raise JournalError(f"{type(exc).__name__}: {reason}") from exc
 
+    async def note_upload(self, uri: str, upload_id: str) -> None:
+        """Write down the multipart upload of a staged object, before it has any part.
+
+        Raises:
+            JournalError: it could not be written, or the object was condemned meanwhile.
+        """
+        try:
+            async with self._own.begin() as connection:
+                is_noted = await self._entries.note_upload(connection, uri, upload_id)
+        except Exception as exc:  # drivers raise what they like when they cannot connect
+            raise JournalError(f"{type(exc).__name__}: {exc}") from exc
+        if not is_noted:
+            raise JournalError(f"{uri} was condemned before its upload had begun")
+
     @contextlib.asynccontextmanager
     async def renewing(self, uris: Collection[str]) -> AsyncIterator[None]:
         """Renew the lease of staged objects for as long as their uploads take."""

@@ -26,8 +26,8 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from .._sources import Payload
-from .._tasks import Background, run_to_end
+from .._sources import Part, Payload
+from .._tasks import Background, Budget, run_to_end
 from .._uri import root_uri
 from ..errors import CleanUpError, ForeignUriError, InvalidInputError, StoreClosedError
 
@@ -44,6 +44,9 @@ COPY_SECONDS = 120
 most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
 
 READ_CHUNK_BYTES = 256 * 1024
+
+MAX_BYTES_IN_FLIGHT = 256 * 2**20
+"""A default: 32 parts, as many as there are slots."""
 
 DESCRIBING_ARGUMENTS: Final = frozenset(
     {
@@ -71,6 +74,102 @@ class PutRequest:
     payload: Payload
     metadata: Mapping[str, str]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriteRequest:
+    """One object that is written part by part; see `Store.open_writer`.
+
+    Attributes:
+        column: the column's name.
+        uri: the new object.
+        metadata: as it stands in the headers, see `encode_metadata`.
+        arguments: named as those of ``put_object``; what a multipart upload does not take is
+            left out.
+        size: in bytes; None if nobody knows it yet.
+    """
+
+    column: str
+    uri: str
+    metadata: Mapping[str, str]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a store can do beyond what every store does.
+
+    Attributes:
+        parts_at_once: how many calls of a writer's ``write`` it takes at the same time; with 1
+            the store sends several parts at once by itself, and holds as many as
+            ``parts_held``.
+        parts_held: how many parts a writer keeps in memory after ``write`` has returned.
+        whole_checksum: a large object's CRC32 is sent, and compared by the server.
+        metadata: content type and metadata are kept with the object, and `ObjectInfo` has them.
+        put_arguments: it takes any argument of ``put_object``; otherwise ``ContentType`` and
+            what its documentation names.
+        if_match: a read can be tied to the version that another one has seen.
+        presigned_get: `presign` works.
+        presigned_post: a browser can upload by itself.
+        versions: the bucket can keep old versions.
+        tags: objects can have tags.
+        uploads: incomplete uploads can be listed and aborted.
+    """
+
+    parts_at_once: int = 1
+    parts_held: int = 0
+    whole_checksum: bool = False
+    metadata: bool = True
+    put_arguments: bool = False
+    if_match: bool = False
+    presigned_get: bool = False
+    presigned_post: bool = False
+    versions: bool = False
+    tags: bool = False
+    uploads: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IncompleteUpload:
+    """Parts of an object that was neither completed nor aborted; they cost storage.
+
+    Attributes:
+        uri: what the object would be.
+        upload_id: the server's name for the upload.
+        started_at: aware, in UTC; None if the server does not say.
+    """
+
+    uri: str
+    upload_id: str
+    started_at: datetime | None = None
+
+
+class ObjectWriter(Protocol):
+    """An object that is being written, inside of the ``async with`` that opened it.
+
+    Nothing is visible before the block is left without an error.
+    """
+
+    @property
+    def upload_id(self) -> str | None:
+        """The server's name for the upload; None where there is none."""
+
+    async def write(self, part: Part) -> None:
+        """Send one part; all but the last are of `part_bytes`' size.
+
+        May be called for several parts at once, see `Capabilities.parts_at_once`; their numbers
+        tell the order.
+
+        Raises:
+            StoreError: it could not be sent; the block has to be left with the error.
+        """
+
+    def finish(self, crc32: int) -> None:
+        """Say that all parts were written, and what the CRC32 of the whole is.
+
+        A block that is left without it, or before it, aborts the upload.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,11 +212,32 @@ class ObjectInfo:
     etag: str | None = None
 
 
+class ByteRange(NamedTuple):
+    """Bytes of an object, from ``start`` up to and without ``stop``; ``stop`` None: to its end."""
+
+    start: int
+    stop: int | None = None
+
+
 class ListedObject(NamedTuple):
-    """What a listing tells of an object: its URI, and its size in bytes."""
+    """What a listing tells of an object: its URI, its size in bytes, and when it was stored.
+
+    The time is aware, in UTC; None unless it was asked for.
+    """
 
     uri: str
     size: int
+    modified_at: datetime | None = None
+
+
+class RunningChecksum(Protocol):
+    """A checksum over what was read of an object so far, and what it has to become."""
+
+    def update(self, chunk: bytes, /) -> None:
+        """Take the next bytes in: those that another request brought."""
+
+    def is_right(self) -> bool:
+        """Tell, once the whole object was read, whether it is what the server knows."""
 
 
 class ObjectReader:
@@ -128,10 +248,23 @@ class ObjectReader:
 
     Attributes:
         info: what the answer's headers tell of the object.
+        took_part: False if the server does not read parts: it sends the whole object, of which
+            the part is cut out on this side.
+        checksum: what the store itself compares when the whole object was read, and who reads on
+            by another request goes on with; None if it compares nothing.
     """
 
-    def __init__(self, info: ObjectInfo, read_chunk: Callable[[int], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        info: ObjectInfo,
+        read_chunk: Callable[[int], Awaitable[bytes]],
+        *,
+        took_part: bool = True,
+        checksum: RunningChecksum | None = None,
+    ) -> None:
         self.info = info
+        self.took_part = took_part
+        self.checksum = checksum
         self._read_chunk: Callable[[int], Awaitable[bytes]] | None = read_chunk
 
     def __aiter__(self) -> Self:
@@ -216,6 +349,10 @@ class Store(Protocol):
             StoreClosedError: it is not open.
         """
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond the verbs that every store has."""
+
     def check_put(self, request: PutRequest) -> None:
         """Refuse what ``put`` would refuse, before anything is sent.
 
@@ -228,6 +365,18 @@ class Store(Protocol):
 
         Raises:
             StoreError: ``may_have_taken_effect`` tells whether the object may be there.
+        """
+
+    def open_writer(self, request: WriteRequest) -> AbstractAsyncContextManager[ObjectWriter]:
+        """Write one object part by part: completed on leaving the block, aborted on an error.
+
+        An abort is carried out although the caller is cancelled meanwhile, and so is a
+        completion that was sent; both are bounded in time here, `ObjectWriter.write` by its
+        caller. What the abort itself fails with is logged.
+
+        Raises:
+            StoreError: on entering, or on leaving; ``may_have_taken_effect`` tells whether the
+                object may be there.
         """
 
     async def copy(self, request: CopyRequest) -> bool:
@@ -247,11 +396,24 @@ class Store(Protocol):
             StoreError: it could not be read.
         """
 
-    def open(self, uri: str) -> AbstractAsyncContextManager[ObjectReader]:
-        """Read one object chunk by chunk; leaving the block ends the request.
+    def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AbstractAsyncContextManager[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk; leaving the block ends the request.
+
+        Args:
+            uri: the object.
+            part: which bytes; all by default. The reader's ``info.size`` is the whole object's.
+            etag: read it only if it is still this version (`ObjectInfo.etag`), where the store
+                has ``capabilities.if_match``.
+
+        A part that begins at the object's end, or beyond it, has no bytes.
 
         Raises:
+            InvalidInputError: no range; nothing was sent.
             BlobNotFoundError: it is not there; raised on entering.
+            BlobChangedError: it is another version than *etag*; raised on entering.
+            BlobCorruptedError: the whole was read, and its checksum is not the server's.
             StoreError: it could not be read; also while its chunks are read.
         """
 
@@ -270,15 +432,37 @@ class Store(Protocol):
     async def delete_many(self, uris: Sequence[str]) -> DeleteReport:
         """Delete objects; failures are in the report. ``uris`` were checked by `owned_uris`."""
 
+    def iter_uploads(self) -> AsyncGenerator[IncompleteUpload, None]:
+        """List what was neither completed nor aborted under the prefix.
+
+        Nothing where ``capabilities.uploads`` is False.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+        """
+
+    async def abort_upload(self, upload: IncompleteUpload) -> None:
+        """Abort an incomplete upload, so that it cannot be completed any more.
+
+        One that is gone, because it was completed or aborted, is no error. Does nothing where
+        ``capabilities.uploads`` is False.
+
+        Raises:
+            StoreError: it may be there still.
+        """
+
     def iter_uris(self) -> AsyncIterator[str]:
         """List every object under the prefix."""
 
-    def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix in the order of the bytes of their URIs.
 
         Args:
             start_after: a URI under the prefix, whether it is there or not: only what comes
                 after it is listed.
+            with_times: tell when they were stored, which makes a listing slower.
 
         Raises:
             StoreError: the listing could not be read to its end.
@@ -292,6 +476,19 @@ def is_owned(store: Store, uri: str) -> bool:
         return False
     # S3 takes "prefix/../other" as it stands, a proxy on the way may not
     return not {"", ".", ".."}.intersection(uri.removeprefix(root).split("/"))
+
+
+def check_part(part: ByteRange) -> None:
+    """Refuse a range that no object has.
+
+    Raises:
+        InvalidInputError: it is; nothing was sent.
+    """
+    for bound in part:
+        if bound is not None and (not isinstance(bound, int) or bound < 0):
+            raise InvalidInputError(f"a range of bytes has whole numbers from 0 on, not {bound!r}")
+    if part.start is None or (part.stop is not None and part.stop < part.start):
+        raise InvalidInputError(f"a range of bytes that ends before it starts: {part}")
 
 
 def named_stores(given: Store | Mapping[str, Store]) -> dict[str, Store]:
@@ -343,6 +540,11 @@ class Runtime:
     """What lives while a store is open: its slots, its background work, its second deletes.
 
     Bound to the event loop in which it was made.
+
+    Attributes:
+        slots: one for each request with a body that is on the wire.
+        budget: the bytes that uploads hold in memory.
+        background: work that outlives the request that asked for it.
     """
 
     def __init__(
@@ -351,8 +553,10 @@ class Runtime:
         *,
         max_concurrency: int,
         request_seconds: float,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
         self.slots = asyncio.Semaphore(max_concurrency)
+        self.budget = Budget(max_bytes_in_flight)
         self.background = Background(limit=4 * max_concurrency)
         self._delete = delete
         self._request_seconds = request_seconds

@@ -13,6 +13,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     CredentialRetrievalError,
+    FlexibleChecksumError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
@@ -20,6 +21,8 @@ from botocore.exceptions import (
 )
 
 from ..errors import (
+    BlobChangedError,
+    BlobCorruptedError,
     BlobNotFoundError,
     InvalidPutArgumentsError,
     StoreAccessError,
@@ -87,10 +90,12 @@ def _translated(operation: str, uri: str, exc: BaseException) -> Exception | Non
     """Return our error for *exc*; None if it is to go on as it is."""
     if isinstance(exc, ClientError):
         return from_answer(operation, uri, exc)
-    if isinstance(exc, CREDENTIAL_ERRORS):
-        return StoreAccessError(operation, uri, f"{type(exc).__name__}: {exc}")
     if isinstance(exc, ParamValidationError):
         return InvalidPutArgumentsError(f"{operation} {uri}: {exc}")
+    kinds = ((CREDENTIAL_ERRORS, StoreAccessError), (FlexibleChecksumError, BlobCorruptedError))
+    for raised, ours in kinds:
+        if isinstance(exc, raised):
+            return ours(operation, uri, f"{type(exc).__name__}: {exc}")
     is_trouble = isinstance(exc, (TimeoutError, BotoCoreError, aiohttp.ClientError, OSError))
     is_perhaps_closed = isinstance(exc, (RuntimeError, AttributeError, AssertionError))
     if (is_trouble or is_perhaps_closed) and _is_closed(exc):
@@ -113,6 +118,8 @@ def from_answer(operation: str, uri: str, exc: ClientError) -> StoreError:
         translated = BlobNotFoundError(operation, uri, text)
     elif code in _NO_ACCESS or status in {401, 403}:
         translated = StoreAccessError(operation, uri, text)
+    elif status == 412 and operation == "get":
+        translated = BlobChangedError(operation, uri, text)
     elif is_definite:
         translated = StoreError(operation, uri, text)
     else:

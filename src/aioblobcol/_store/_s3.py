@@ -24,26 +24,48 @@ from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from .._sources import HASH_INLINE_BYTES
+from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
-from ..errors import InvalidInputError, InvalidPutArgumentsError, StoreClosedError, StoreError
+from ..errors import (
+    BlobChangedError,
+    InvalidInputError,
+    InvalidPutArgumentsError,
+    StoreClosedError,
+    StoreError,
+)
 from ._base import (
     DESCRIBING_ARGUMENTS,
+    MAX_BYTES_IN_FLIGHT,
+    ByteRange,
+    Capabilities,
     CopyRequest,
     DeleteReport,
+    IncompleteUpload,
     ListedObject,
     ObjectInfo,
     ObjectReader,
     PutRequest,
+    RunningChecksum,
     Runtime,
+    WriteRequest,
+    check_part,
     owned_uris,
 )
+from ._body import SLICE_BYTES, Body
 from ._errors import from_answer, translating, was_retried
 from ._metadata import decode_metadata
 from ._presign import content_disposition, expiry_seconds
+from ._s3_writer import S3Writer, abort
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Mapping,
+        Sequence,
+    )
     from types import TracebackType
     from typing import Self
 
@@ -54,6 +76,7 @@ DELETE_ROUNDS: Final = 3
 PARALLEL_DELETES: Final = 16
 
 _NOT_FOUND: Final = 404
+_RANGE_NOT_SATISFIABLE: Final = 416
 
 _OWNED_ARGUMENTS: Final = frozenset({"Bucket", "Key", "Body"})
 _RETRYABLE: Final = frozenset(
@@ -74,25 +97,48 @@ _NO_BULK_DELETE: Final = frozenset(
     }
 )
 
+_CAPABILITIES: Final = Capabilities(
+    parts_at_once=4,
+    whole_checksum=True,
+    put_arguments=True,
+    if_match=True,
+    presigned_get=True,
+    presigned_post=True,
+    versions=True,
+    tags=True,
+    uploads=True,
+)
+_CAPABILITIES_ELSEWHERE: Final = dataclasses.replace(_CAPABILITIES, whole_checksum=False)
+
 CompatName = Literal["aws", "generic", "r2", "b2"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compat:
-    """What a family of servers understands."""
+    """What a family of servers understands.
+
+    Attributes:
+        checksum: what protects the body of one PUT.
+        part_checksum: what protects a part; ``crc32`` only where the server takes one CRC32 of the
+            whole object as well.
+        response_checksums: of botocore's configuration.
+        addressing_style: of botocore's configuration.
+        region_name: if none is given; None: what the environment says.
+    """
 
     checksum: Literal["crc32", "md5"]
+    part_checksum: Literal["crc32", "md5"]
     response_checksums: Literal["when_supported", "when_required"]
     addressing_style: Literal["path", "auto"]
     region_name: str | None
 
 
 COMPAT: Final[Mapping[str, Compat]] = {
-    "aws": Compat("crc32", "when_supported", "auto", None),
+    "aws": Compat("crc32", "crc32", "when_supported", "auto", None),
     # no default checksum trailers: over https they break servers; Content-MD5 is what they verify
-    "generic": Compat("md5", "when_required", "path", "us-east-1"),
-    "r2": Compat("crc32", "when_supported", "path", "auto"),
-    "b2": Compat("md5", "when_required", "path", None),
+    "generic": Compat("md5", "md5", "when_required", "path", "us-east-1"),
+    "r2": Compat("crc32", "md5", "when_supported", "path", "auto"),
+    "b2": Compat("md5", "md5", "when_required", "path", None),
 }
 
 
@@ -115,6 +161,7 @@ class S3Store:
         max_concurrency: int,
         request_seconds: float,
         drain_seconds: float,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
         self._bucket = check_bucket(bucket)
         self._prefix = normalize_s3_prefix(prefix)
@@ -124,6 +171,7 @@ class S3Store:
         self._max_concurrency = max_concurrency
         self._request_seconds = request_seconds
         self._drain_seconds = drain_seconds
+        self._max_bytes_in_flight = max_bytes_in_flight
         self._client: Any = None
         self._runtime: Runtime | None = None
         self._stack: contextlib.AsyncExitStack | None = None
@@ -167,6 +215,7 @@ class S3Store:
             self.delete_many,
             max_concurrency=self._max_concurrency,
             request_seconds=self._request_seconds,
+            max_bytes_in_flight=self._max_bytes_in_flight,
         )
         return self
 
@@ -214,6 +263,11 @@ class S3Store:
         return self._runtime
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What S3 can do; what a compatible server lacks of it is in its own documentation."""
+        return _CAPABILITIES if self._part_checksum == "crc32" else _CAPABILITIES_ELSEWHERE
+
+    @property
     def client(self) -> Any:
         """The aiobotocore client, for everything that the library does not do.
 
@@ -256,6 +310,67 @@ class S3Store:
             answer = await self.client.put_object(**arguments)
         return not was_retried(answer)
 
+    @contextlib.asynccontextmanager
+    async def open_writer(self, request: WriteRequest) -> AsyncIterator[S3Writer]:
+        """Write one object part by part, in a multipart upload; see `Store.open_writer`.
+
+        Arguments of ``put_object`` are sent with those of the upload's requests that take them.
+        ``ChecksumAlgorithm`` among them has botocore compute that checksum of each part, in place
+        of our own.
+
+        Raises:
+            StoreError: the upload could not be created, or completed.
+
+        Source: Amazon S3 User Guide, "Uploading and copying objects using multipart upload".
+        """
+        writer = S3Writer(
+            self.client,
+            request,
+            checksum=self._part_checksum,
+            request_seconds=self._request_seconds,
+        )
+        await writer.create()
+        try:
+            yield writer
+        except BaseException as exc:
+            await writer.close(exc)
+            raise
+        await writer.close(None)
+
+    async def iter_uploads(self) -> AsyncGenerator[IncompleteUpload, None]:
+        """List what was neither completed nor aborted under the prefix, 1,000 per request.
+
+        Raises:
+            StoreError: the listing could not be read to its end.
+        """
+        root = root_uri(self._bucket, self._prefix)
+        arguments: dict[str, Any] = {"Bucket": self._bucket}
+        if self._prefix:
+            arguments["Prefix"] = f"{self._prefix}/"
+        while True:
+            with translating("list the uploads under", root):
+                page = await self.client.list_multipart_uploads(**arguments)
+            for entry in page.get("Uploads", ()):
+                yield IncompleteUpload(
+                    f"s3://{self._bucket}/{entry['Key']}",
+                    entry["UploadId"],
+                    _in_utc(entry.get("Initiated")),
+                )
+            if not page.get("IsTruncated"):
+                return
+            arguments["KeyMarker"] = page["NextKeyMarker"]
+            arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    async def abort_upload(self, upload: IncompleteUpload) -> None:
+        """Abort an incomplete upload; one that is gone is no error.
+
+        Raises:
+            StoreError: it may be there still.
+        """
+        bucket, key = split_s3_uri(upload.uri)
+        arguments = {"Bucket": bucket, "Key": key, "UploadId": upload.upload_id}
+        await abort(self.client, upload.uri, arguments)
+
     async def copy(self, request: CopyRequest) -> bool:
         """Copy one object inside of the server; tell whether the first attempt was answered.
 
@@ -297,16 +412,38 @@ class S3Store:
         return data
 
     @contextlib.asynccontextmanager
-    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
-        """Read one object chunk by chunk; leaving the block early drops the connection.
+    async def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AsyncIterator[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk; leaving the block ends the request.
+
+        A block that is left early drops the connection. A part that begins at the object's end
+        or beyond it, or has no length, is described by a HEAD and has no bytes. From a server
+        that does not know ranges the whole is read, and the part is cut out.
+
+        Args:
+            uri: the object.
+            part: which bytes; all by default. ``info.size`` is the whole object's.
+            etag: of the version that it has to be; compared here, too, for not every server
+                knows ``If-Match``.
 
         Raises:
+            InvalidInputError: no range; nothing was sent.
             BlobNotFoundError: it is not there; raised on entering.
+            BlobChangedError: it is another version; raised on entering.
+            BlobCorruptedError: the whole was read, and is not what the server's checksum says.
             StoreError: it could not be read; also while its chunks are read.
+
+        Source: Amazon S3 API Reference, GetObject (Range, If-Match).
         """
-        bucket, key = split_s3_uri(uri)
-        with translating("get", uri):
-            answer = await self.client.get_object(Bucket=bucket, Key=key)
+        if part is not None:
+            check_part(part)
+            part = None if part == (0, None) else part
+        answer = await self._get_part(uri, part, etag)
+        if answer is None:
+            assert part is not None
+            yield ObjectReader(_without(part, _unchanged(await self.head(uri), etag)), _nothing)
+            return
         async with answer["Body"] as body:
 
             async def read_chunk(size: int) -> bytes:
@@ -314,11 +451,32 @@ class S3Store:
                     chunk: bytes = await body.read(size)
                 return chunk
 
-            reader = ObjectReader(_info(uri, answer), read_chunk)
+            reader = _reader(uri, answer, part, read_chunk)
+            _unchanged(reader.info, etag)
             try:
                 yield reader
             finally:
                 reader.close()
+
+    async def _get_part(self, uri: str, part: ByteRange | None, etag: str | None) -> Any:
+        """Return the answer; None if the object has no such bytes."""
+        bucket, key = split_s3_uri(uri)
+        arguments = {"Bucket": bucket, "Key": key}
+        if part is not None:
+            if part.start == part.stop:
+                return None
+            last = "" if part.stop is None else part.stop - 1
+            arguments["Range"] = f"bytes={part.start}-{last}"
+        # a weak one never matches; proxies make them when they compress
+        if etag is not None and not etag.startswith("W/"):
+            arguments["IfMatch"] = etag
+        with translating("get", uri):
+            try:
+                return await self.client.get_object(**arguments)
+            except ClientError as exc:
+                if _status(exc.response) == _RANGE_NOT_SATISFIABLE and part is not None:
+                    return None
+                raise
 
     async def head(self, uri: str) -> ObjectInfo:
         """Describe one object.
@@ -400,7 +558,9 @@ class S3Store:
             async for each in listed:
                 yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, 1,000 per request.
 
         In the order of the keys' bytes, as S3 has it; directory buckets have no order.
@@ -418,14 +578,19 @@ class S3Store:
             # any key that was listed, also one that the library would refuse
             arguments["StartAfter"] = start_after.removeprefix(f"s3://{self._bucket}/")
         while True:
-            token = _keys_and_sizes_suffice.set(True)
+            token = _keys_and_sizes_suffice.set(not with_times)
             try:
                 with translating("list", root):
                     page = await self.client.list_objects_v2(**arguments)
             finally:
                 _keys_and_sizes_suffice.reset(token)
             for entry in page.get("Contents", ()):
-                yield ListedObject(f"s3://{self._bucket}/{entry['Key']}", entry["Size"])
+                at: datetime | None = entry["LastModified"] if with_times else None
+                yield ListedObject(
+                    f"s3://{self._bucket}/{entry['Key']}",
+                    entry["Size"],
+                    None if at is None else at.astimezone(timezone.utc),
+                )
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
@@ -461,7 +626,7 @@ class S3Store:
             **request.arguments,
             "Bucket": bucket,
             "Key": key,
-            "Body": request.payload.body,
+            "Body": _body_of(request.payload),
             "Metadata": dict(request.metadata),
         }
 
@@ -480,6 +645,10 @@ class S3Store:
             "CopySource": {"Bucket": source_bucket, "Key": source_key},
             "MetadataDirective": "COPY",
         }
+
+    @property
+    def _part_checksum(self) -> Literal["crc32", "md5"] | None:
+        return None if self._compat is None else self._compat.part_checksum
 
     async def _protect(self, request: PutRequest, arguments: dict[str, Any]) -> None:
         """Add the argument that protects the body, unless the caller gave one."""
@@ -578,6 +747,7 @@ def open_store(
     region_name: str | None = None,
     compat: CompatName = "aws",
     max_concurrency: int = 32,
+    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     request_seconds: float = 60,
     drain_seconds: float = 10,
     config: AioConfig | None = None,
@@ -595,7 +765,10 @@ def open_store(
         region_name: by default what the environment or the profile says.
         compat: what the server understands: ``aws`` (own CRC32), ``generic`` (Ceph, MinIO,
             Swift, ...: Content-MD5, path addressing, no checksum trailers), ``r2`` or ``b2``.
-        max_concurrency: uploads on the wire at once, over all requests of the application.
+        max_concurrency: PUTs and parts on the wire at once, over all requests of the application.
+        max_bytes_in_flight: what all uploads of the application hold in memory together, in
+            bytes, apart from the bytes that were assigned as such; who needs more waits for its
+            turn. At least one part (8 MiB).
         request_seconds: how long one request may take with its retries; a body has one second
             more per 256 KiB.
         drain_seconds: how long closing waits for second deletes of unanswered uploads to fall
@@ -610,6 +783,8 @@ def open_store(
     """
     if compat not in COMPAT:
         raise InvalidInputError(f"compat is one of {', '.join(COMPAT)}, not {compat!r}")
+    if max_bytes_in_flight < PART_BYTES:
+        raise InvalidInputError(f"max_bytes_in_flight is one part at least, {PART_BYTES} bytes")
     if max_concurrency < 1 or request_seconds <= 0 or drain_seconds < 0:
         raise InvalidInputError("max_concurrency and request_seconds are positive")
     given = {"endpoint_url": endpoint_url, "region_name": region_name}
@@ -625,6 +800,7 @@ def open_store(
         max_concurrency=max_concurrency,
         request_seconds=request_seconds,
         drain_seconds=drain_seconds,
+        max_bytes_in_flight=max_bytes_in_flight,
     )
 
 
@@ -646,15 +822,109 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
 
 
 def _info(uri: str, answer: Mapping[str, Any]) -> ObjectInfo:
-    modified_at: datetime | None = answer.get("LastModified")
     return ObjectInfo(
         uri=uri,
-        size=int(answer["ContentLength"]),
+        size=_whole_size(uri, answer),
         metadata=decode_metadata(answer.get("Metadata", {})),
         content_type=answer.get("ContentType"),
-        modified_at=None if modified_at is None else modified_at.astimezone(timezone.utc),
+        modified_at=_in_utc(answer.get("LastModified")),
         etag=answer.get("ETag"),
     )
+
+
+def _whole_size(uri: str, answer: Mapping[str, Any]) -> int:
+    given: str | None = answer.get("ContentRange")
+    if given is None:
+        return int(answer["ContentLength"])
+    return _content_range(uri, given)[1]
+
+
+def _content_range(uri: str, given: str) -> tuple[int, int]:
+    """Return the first byte of a partial answer, and the size of the whole object."""
+    read = _CONTENT_RANGE.fullmatch(given)
+    if read is None:
+        raise StoreError("get", uri, f"an answer with Content-Range: {given}")
+    return int(read[1]), int(read[2])
+
+
+def _reader(
+    uri: str,
+    answer: Mapping[str, Any],
+    part: ByteRange | None,
+    read_chunk: Callable[[int], Awaitable[bytes]],
+) -> ObjectReader:
+    info = _info(uri, answer)
+    if part is None:
+        return ObjectReader(info, read_chunk, checksum=_checksum_of(answer))
+    given = answer.get("ContentRange")
+    if given is None:  # a server that does not know ranges
+        return ObjectReader(info, _cut(read_chunk, part), took_part=False)
+    if _content_range(uri, given)[0] != part.start:
+        raise StoreError("get", uri, f"asked for {part}, and got Content-Range: {given}")
+    return ObjectReader(info, read_chunk)
+
+
+def _without(part: ByteRange, info: ObjectInfo) -> ObjectInfo:
+    """Refuse a description of an object that has bytes in *part* after all."""
+    if part.start < info.size and part.start != part.stop:
+        raise BlobChangedError("get", info.uri, f"it had no {part}, and has {info.size} bytes now")
+    return info
+
+
+def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
+    if etag is not None and info.etag is not None and info.etag != etag:
+        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
+    return info
+
+
+async def _nothing(_size: int) -> bytes:
+    return b""
+
+
+def _cut(
+    read_chunk: Callable[[int], Awaitable[bytes]], part: ByteRange
+) -> Callable[[int], Awaitable[bytes]]:
+    """Read on until *part* begins, and not beyond its end."""
+    position = 0
+
+    async def read_cut(size: int) -> bytes:
+        nonlocal position
+        while part.stop is None or position < part.stop:
+            chunk = await read_chunk(size)
+            before, position = position, position + len(chunk)
+            stop = None if part.stop is None else part.stop - before
+            wanted = chunk[max(part.start - before, 0) : stop]
+            if wanted or not chunk:
+                return wanted
+        return b""
+
+    return read_cut
+
+
+class _BotocoreChecksum:
+    """What botocore compares at the end of a body; it goes on where the body broke off."""
+
+    def __init__(self, running: Any, expected: frozenset[str]) -> None:
+        self._running = running
+        self._expected = expected
+
+    def update(self, chunk: bytes, /) -> None:
+        self._running.update(chunk)
+
+    def is_right(self) -> bool:
+        return self._running.b64digest() in self._expected
+
+
+def _checksum_of(answer: Mapping[str, Any]) -> RunningChecksum | None:
+    running = getattr(answer["Body"], "checksum", None)  # of a body that botocore checks
+    if running is None:
+        return None
+    named = (value for name, value in answer.items() if name.startswith("Checksum"))
+    return _BotocoreChecksum(running, frozenset(named))
+
+
+def _status(answer: Mapping[str, Any]) -> int:
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
 def _misses_source(exc: ClientError, request: CopyRequest) -> bool:
@@ -666,6 +936,17 @@ def _misses_source(exc: ClientError, request: CopyRequest) -> bool:
         bucket, _ = split_s3_uri(request.uri)
         return bool(bucket != source_bucket == error.get("BucketName"))
     return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == _NOT_FOUND)
+
+
+def _in_utc(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.astimezone(timezone.utc)
+
+
+def _body_of(payload: Payload) -> bytes | Body:
+    return payload.body if payload.size <= SLICE_BYTES else Body([payload.body], payload.size)
+
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
 def _base64(raw: bytes) -> str:

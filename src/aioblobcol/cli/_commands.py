@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ._checking import CheckOptions, load_app, run_check
 from ._journal_commands import commands as journal_commands
+from ._object_commands import commands as object_commands
 from ._options import AppName
 from ._printing import show_end, show_scene, show_servers
 from ._running import run_in_loop
@@ -174,6 +175,7 @@ def check_stores(
 
 
 app.add_typer(journal_commands)
+app.add_typer(object_commands)
 
 
 async def run_demo(options: Options, console: Console) -> None:

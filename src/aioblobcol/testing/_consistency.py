@@ -40,7 +40,8 @@ async def assert_consistent(
 
     Raises:
         AssertionError: a LOSS (a row names an object that is missing or holds other bytes than
-            its SHA-256 says), an object that two cells name, or an orphan too many or too few.
+            its SHA-256 says), an object that two cells name, an orphan too many or too few, or an
+            upload that was neither completed nor aborted.
     """
     named: list[str] = []
     async with engine.connect() as connection:
@@ -69,6 +70,8 @@ async def assert_consistent(
     _fail_if(sorted(unexpected), "LEAK: no row names")
     missing = set(orphans) - found_orphans
     _fail_if(sorted(missing), "expected as orphans, but not there")
+    incomplete = [upload.uri async for upload in store.iter_uploads()]
+    _fail_if(incomplete, "LEAK: neither completed nor aborted")
     return contents
 
 

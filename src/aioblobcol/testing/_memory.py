@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
+import itertools
+import uuid
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,20 +19,28 @@ from urllib.parse import quote, urlencode
 
 from .._store._base import (
     DESCRIBING_ARGUMENTS,
+    MAX_BYTES_IN_FLIGHT,
+    ByteRange,
+    Capabilities,
     CopyRequest,
     DeleteReport,
+    IncompleteUpload,
     ListedObject,
     ObjectInfo,
     ObjectReader,
     PutRequest,
     Runtime,
+    WriteRequest,
+    check_part,
     is_owned,
     owned_uris,
 )
 from .._store._metadata import decode_metadata
 from .._store._presign import content_disposition, expiry_seconds
+from .._tasks import run_to_end
 from .._uri import check_bucket, normalize_s3_prefix, root_uri
 from ..errors import (
+    BlobChangedError,
     BlobNotFoundError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -42,16 +52,26 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-Operation = Literal["put", "copy", "get", "head", "presign", "delete"]
-Stage = Literal["before", "after"]
+    from .._sources import Part
+
+Operation = Literal[
+    "put", "copy", "create", "write", "complete", "abort", "get", "head", "presign", "delete"
+]
+Stage = Literal["before", "during", "after"]
+
+
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
     """A moment of one request: ``before`` it takes effect, or ``after``, with no answer yet.
 
+    Large objects are written by ``create``, ``write`` (each part) and ``complete`` or ``abort``.
     A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``after`` comes
     when its last chunk was read.
+    A copy's ``uri`` is the new object's. Of an object that is read chunk by chunk, ``during``
+    comes between any two of its chunks, and ``after`` when its last one was read.
     """
 
     operation: Operation
@@ -61,7 +81,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What the store holds of one object; metadata as it was sent."""
+    """What the store holds of one object; metadata as it was sent.
+
+    Each one has an ETag of its own, also where its bytes are those of another one.
+    """
 
     body: bytes
     metadata: Mapping[str, str]
@@ -69,6 +92,7 @@ class StoredObject:
     modified_at: datetime = dataclasses.field(
         default_factory=lambda: datetime.now(timezone.utc), compare=False
     )
+    etag: str = dataclasses.field(default_factory=lambda: f'"{next(_numbers):032x}"', compare=False)
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,7 +118,17 @@ class MemoryStore:
         calls: every request in order, as ``(operation, uris)``.
         hooks: called at every `Step`, in order; one that raises makes the request fail there.
         refuses: URI to reason; their deletes fail.
+        uploads: upload id to URI of what was neither completed nor aborted.
     """
+
+    capabilities = Capabilities(
+        parts_at_once=4,
+        whole_checksum=True,
+        put_arguments=True,
+        if_match=True,
+        presigned_get=True,
+        uploads=True,
+    )
 
     def __init__(
         self,
@@ -104,6 +138,7 @@ class MemoryStore:
         max_concurrency: int = 32,
         request_seconds: float = 5,
         drain_seconds: float = 0,
+        max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
         self.bucket = check_bucket(bucket)
         self.prefix = normalize_s3_prefix(prefix)
@@ -112,8 +147,10 @@ class MemoryStore:
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         self.hooks: list[Hook] = []
         self.refuses: dict[str, str] = {}
+        self.uploads: dict[str, str] = {}
         self._late: list[tuple[str, StoredObject]] = []
         self._max_concurrency = max_concurrency
+        self._max_bytes_in_flight = max_bytes_in_flight
         self._drain_seconds = drain_seconds
         self._runtime: Runtime | None = None
 
@@ -127,6 +164,7 @@ class MemoryStore:
             self.delete_many,
             max_concurrency=self._max_concurrency,
             request_seconds=self.request_seconds,
+            max_bytes_in_flight=self._max_bytes_in_flight,
         )
         return self
 
@@ -168,11 +206,12 @@ class MemoryStore:
 
         Args:
             operation: which ones.
-            stage: ``before`` they take effect, or ``after`` (the answer is lost).
+            stage: ``before`` they take effect, ``during`` a reading (the connection is lost
+                between two chunks), or ``after`` (the answer is lost).
             containing: only URIs with this text.
             times: how often; always by default.
             error: makes the error from operation and URI. By default a definite refusal
-                ``before``, and an unanswered request ``after``.
+                ``before``, and an unanswered request else.
         """
         left = [times]
 
@@ -185,6 +224,8 @@ class MemoryStore:
                 left[0] -= 1
             if error is not None:
                 raise error(operation, step.uri)
+            if stage == "during":
+                raise StoreUnavailableError(operation, step.uri, "it broke off (injected)")
             if stage == "after":
                 raise StoreUnavailableError(operation, step.uri, "the answer was lost (injected)")
             raise StoreError(operation, step.uri, "InvalidRequest (injected)")
@@ -227,6 +268,37 @@ class MemoryStore:
         stored = StoredObject(request.payload.body, dict(request.metadata), dict(request.arguments))
         return await self._store("put", request.uri, stored)
 
+    @contextlib.asynccontextmanager
+    async def open_writer(self, request: WriteRequest) -> AsyncIterator[MemoryWriter]:
+        """Write one object part by part."""
+        self._note("create", [request.uri])
+        await self._step("create", "before", request.uri)
+        writer = MemoryWriter(self, request)
+        self.uploads[writer.upload_id] = request.uri
+        try:
+            await self._step("create", "after", request.uri)
+            yield writer
+            crc32 = writer.crc32
+            if crc32 is not None:
+                await self._complete(writer, crc32)
+        finally:  # of a completed one there is nothing to abort
+            if writer.upload_id in self.uploads:
+                await run_to_end(self._abort(writer), seconds=self.request_seconds)
+
+    async def iter_uploads(self) -> AsyncGenerator[IncompleteUpload, None]:
+        """List what was neither completed nor aborted."""
+        self.runtime  # noqa: B018 - raises when closed
+        for upload_id, uri in list(self.uploads.items()):
+            if is_owned(self, uri):
+                yield IncompleteUpload(uri, upload_id)
+
+    async def abort_upload(self, upload: IncompleteUpload) -> None:
+        """Abort an incomplete upload."""
+        self._note("abort", [upload.uri])
+        await self._step("abort", "before", upload.uri)
+        self.uploads.pop(upload.upload_id, None)
+        await self._step("abort", "after", upload.uri)
+
     async def copy(self, request: CopyRequest) -> bool:
         """Copy one object, as it is at this moment; see `Store.copy` for what it takes over."""
         self._note("copy", [request.uri])
@@ -246,15 +318,26 @@ class MemoryStore:
         return stored.body
 
     @contextlib.asynccontextmanager
-    async def open(self, uri: str) -> AsyncIterator[ObjectReader]:
-        """Read one object chunk by chunk, as it is at this moment."""
+    async def open(
+        self, uri: str, *, part: ByteRange | None = None, etag: str | None = None
+    ) -> AsyncIterator[ObjectReader]:
+        """Read one object, or a part of it, chunk by chunk, as it is at this moment."""
+        if part is not None:
+            check_part(part)
+        start, stop = part or ByteRange(0)
         self._note("get", [uri])
         await self._step("get", "before", uri)
         stored = self._found("get", uri)
-        body = io.BytesIO(stored.body)
+        if etag is not None and etag != stored.etag:
+            raise BlobChangedError("get", uri, f"it is {stored.etag}, not {etag}")
+        position, end = start, len(stored.body) if stop is None else min(stop, len(stored.body))
 
         async def read_chunk(size: int) -> bytes:
-            chunk = body.read(size)
+            nonlocal position
+            if start < position < end:
+                await self._step("get", "during", uri)
+            chunk = stored.body[position : min(position + size, end)]
+            position += len(chunk)
             if not chunk:
                 await self._step("get", "after", uri)
             return chunk
@@ -311,16 +394,19 @@ class MemoryStore:
         async for each in self.iter_objects():
             yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, as they are at this moment."""
         self.runtime  # noqa: B018 - raises when closed
-        sizes = {uri: len(stored.body) for uri, stored in self.objects.items()}
-        for uri in sorted(sizes, key=str.encode):
+        found = dict(self.objects)
+        for uri in sorted(found, key=str.encode):
             if uri > start_after and is_owned(self, uri):
-                yield ListedObject(uri, sizes[uri])
+                at = found[uri].modified_at if with_times else None
+                yield ListedObject(uri, len(found[uri].body), at)
 
     async def _store(
-        self, operation: Literal["put", "copy"], uri: str, stored: StoredObject
+        self, operation: Literal["put", "copy", "complete"], uri: str, stored: StoredObject
     ) -> bool:
         try:
             await self._step(operation, "before", uri)
@@ -334,6 +420,21 @@ class MemoryStore:
         self.objects[uri] = stored
         await self._step(operation, "after", uri)
         return True
+
+    async def _complete(self, writer: MemoryWriter, crc32: int) -> None:
+        request = writer.request
+        self._note("complete", [request.uri])
+        if zlib.crc32(writer.body) != crc32:
+            raise StoreError("put", request.uri, "BadDigest")
+        stored = StoredObject(writer.body, dict(request.metadata), dict(request.arguments))
+        await run_to_end(
+            self._store("complete", request.uri, stored), seconds=2 * self.request_seconds
+        )
+        self.uploads.pop(writer.upload_id, None)
+
+    async def _abort(self, writer: MemoryWriter) -> None:
+        with contextlib.suppress(StoreError):
+            await self.abort_upload(IncompleteUpload(writer.request.uri, writer.upload_id))
 
     def _note(self, operation: str, uris: Sequence[str]) -> None:
         self.runtime  # noqa: B018 - raises when closed
@@ -353,6 +454,42 @@ class MemoryStore:
                 await waiting
 
 
+class MemoryWriter:
+    """An object that is being written into a `MemoryStore`.
+
+    Attributes:
+        request: what it is to be.
+        upload_id: a name for the upload.
+        crc32: of the whole, once all parts were written.
+    """
+
+    def __init__(self, store: MemoryStore, request: WriteRequest) -> None:
+        self.request = request
+        self.upload_id = uuid.uuid4().hex
+        self.crc32: int | None = None
+        self._store = store
+        self._parts: dict[int, bytes] = {}
+
+    @property
+    def body(self) -> bytes:
+        """All parts in their order."""
+        return b"".join(self._parts[number] for number in sorted(self._parts))
+
+    async def write(self, part: Part) -> None:
+        """Store one part."""
+        uri = self.request.uri
+        self._store._note("write", [uri])
+        await self._store._step("write", "before", uri)
+        if self.upload_id not in self._store.uploads:
+            raise BlobNotFoundError("put", uri, "NoSuchUpload")
+        self._parts[part.number] = b"".join(part.pieces)
+        await self._store._step("write", "after", uri)
+
+    def finish(self, crc32: int) -> None:
+        """Say that all parts were written."""
+        self.crc32 = crc32
+
+
 def _info(uri: str, stored: StoredObject) -> ObjectInfo:
     return ObjectInfo(
         uri,
@@ -360,6 +497,7 @@ def _info(uri: str, stored: StoredObject) -> ObjectInfo:
         decode_metadata(stored.metadata),
         content_type=stored.arguments.get("ContentType"),
         modified_at=stored.modified_at,
+        etag=stored.etag,
     )
 
 

@@ -1,0 +1,652 @@
+"""Large sources: read once, part by part, hashed off the event loop as they are read.
+
+A `PartReader` reads a source of any kind; the parts it makes are never joined. Invariants: no
+more is read than was asked for; what limits a source (its column's ``max_bytes``, the size that
+was declared for it) is found out with the byte that breaks it, before that byte is sent; hashes are
+of the bytes in the order in which they were read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import os
+import zlib
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from ._sources import (
+    HASH_INLINE_BYTES,
+    MAX_OBJECT_BYTES,
+    PART_BYTES,
+    READ_PIECE_BYTES,
+    AsyncSource,
+    BinaryFile,
+    Buffer,
+    Part,
+    Payload,
+    check_size,
+    check_source,
+    is_async_source,
+    is_binary_file,
+    read_payload,
+)
+from .errors import AioBlobColError, InvalidSourceError, SizeMismatchError
+
+T = TypeVar("T")
+
+MAX_PARTS: Final = 10_000
+"""Source: Amazon S3 User Guide, "Amazon S3 multipart upload limits"."""
+EQUAL_PARTS: Final = 1_000
+GROWTH_BYTES: Final = 144 * 1024
+HEAD_BYTES: Final = 4096
+_MIB: Final = 2**20
+
+Pieces = list[bytes | memoryview]
+
+
+class Puller(Protocol):
+    """Gives the bytes of a source, some at a time."""
+
+    async def pull(self, size: int) -> Pieces:
+        """Return *size* bytes; less only at the end."""
+
+
+def part_bytes(number: int, *, total: int | None, least: int = PART_BYTES) -> int:
+    """Return how large a part is, so that 10,000 of them hold whatever there is to come.
+
+    With a known total all parts are equal. Otherwise the first 1,000 have the least size, and each
+    after that has 144 KiB more than the one before it: 8 GiB go in parts of 8 MiB, and 5 TiB end
+    with parts of 1.3 GiB, which is then what an upload holds in memory.
+
+    Args:
+        number: of the part, from 1 on.
+        total: bytes of the whole object, if they are known.
+        least: bytes of a part at least.
+    """
+    if total is not None:
+        equal = -(-total // MAX_PARTS)
+        return least if equal <= least else -(-equal // _MIB) * _MIB
+    return least + max(0, number - EQUAL_PARTS) * GROWTH_BYTES
+
+
+@dataclasses.dataclass(slots=True)
+class Hashes:
+    """What is known of the bytes that went by."""
+
+    with_md5: bool = False
+    size: int = 0
+    crc32: int = 0
+    sha256: Any = dataclasses.field(default_factory=hashlib.sha256)
+    md5: Any = dataclasses.field(default_factory=lambda: hashlib.md5(usedforsecurity=False))
+
+    def take(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """Hash the next *pieces*, and return the CRC32 of them alone."""
+        crc32 = 0
+        for piece in pieces:
+            self.size += len(piece)
+            self.crc32 = zlib.crc32(piece, self.crc32)
+            crc32 = zlib.crc32(piece, crc32)
+            self.sha256.update(piece)
+            if self.with_md5:
+                self.md5.update(piece)
+        return crc32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What bytes are told by: their length, and hashes in hexadecimal."""
+
+    size: int
+    md5: str | None
+    sha256: str
+
+
+class PartReader:
+    """One source that is being read.
+
+    Attributes:
+        column: its name stands in the errors.
+        total: how many bytes there are, if that is known.
+        head: the first bytes, once the first part was read.
+        on_end: told the SHA-256 of the whole when all parts were handed out.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        puller: Puller,
+        *,
+        max_bytes: int | None = None,
+        total: int | None = None,
+        is_declared: bool = False,
+        with_md5: bool = False,
+        close: Callable[[], Awaitable[None]] | None = None,
+        least: int = PART_BYTES,
+    ) -> None:
+        """Take a source that nobody else reads.
+
+        Args:
+            column: its name stands in the errors.
+            puller: gives the bytes.
+            max_bytes: how much is taken.
+            total: how many bytes there are, if that is known.
+            is_declared: that many there must be.
+            with_md5: compute the MD5 too.
+            close: called once, when no more is read.
+            least: bytes of a part, see `part_bytes`.
+        """
+        self.column = column
+        self.total = total
+        self.head = b""
+        self.on_end: Callable[[str], None] | None = None
+        self._puller = puller
+        self._max_bytes = MAX_OBJECT_BYTES if max_bytes is None else max_bytes
+        self._is_declared = is_declared
+        self._hashes = Hashes(with_md5)
+        self._close = close
+        self._least = least
+        self._number = 0
+        self._buffer: Pieces = []
+        self._buffered = 0
+        self._is_over = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that were handed out so far; at the end, all."""
+        return self._hashes.size
+
+    @property
+    def sha256(self) -> str:
+        """Of what was handed out so far, in hexadecimal."""
+        return str(self._hashes.sha256.hexdigest())
+
+    @property
+    def md5(self) -> str | None:
+        """Of what was handed out so far, in hexadecimal, if it was asked for."""
+        return str(self._hashes.md5.hexdigest()) if self._hashes.with_md5 else None
+
+    @property
+    def crc32(self) -> int:
+        """Of what was handed out so far."""
+        return self._hashes.crc32
+
+    def next_bytes(self) -> int:
+        """Return how large the next part may be."""
+        return part_bytes(self._number + 1, total=self.total, least=self._least)
+
+    async def read_small(self) -> Payload | None:
+        """Read the first part; return it if it is the whole, or None if there is more.
+
+        Raises:
+            InvalidSourceError: the source cannot be read, has too much, or not what was declared.
+        """
+        limit = self.next_bytes()
+        await self._fill(limit + 1)
+        self.head = b"".join(piece[:HEAD_BYTES] for piece in self._buffer[:HEAD_BYTES])[:HEAD_BYTES]
+        if self._buffered > limit:
+            return None
+        pieces = self._take(limit)
+        payload = await _off_the_loop(_size_of(pieces), lambda: self._whole(pieces))
+        self._check_end()
+        return payload
+
+    async def next_part(self) -> Part | None:
+        """Read and hash the next part; None at the end.
+
+        Raises:
+            InvalidSourceError: as `read_small`.
+        """
+        wanted = self.next_bytes()
+        await self._fill(wanted)
+        pieces = self._take(wanted)
+        if not pieces:
+            self._check_end()
+            return None
+        size = _size_of(pieces)
+        crc32 = await _off_the_loop(size, lambda: self._hashes.take(pieces))
+        self._number += 1
+        return Part(self._number, pieces, size, crc32)
+
+    async def aclose(self) -> None:
+        """Read no more, and close what was opened for it."""
+        close, self._close = self._close, None
+        self._buffer, self._buffered, self._is_over = [], 0, True
+        if close is not None:
+            await close()
+
+    async def _fill(self, size: int) -> None:
+        """Read until *size* bytes are here, or one more than there may be, or all."""
+        while self._buffered < size and not self._is_over:
+            wanted = min(size, self._may_come() + 1) - self._buffered
+            pieces = await self._puller.pull(wanted)
+            found = _size_of(pieces)
+            self._buffer += pieces
+            self._buffered += found
+            self._is_over = found < wanted
+            self._check_so_far()
+
+    def _take(self, size: int) -> Pieces:
+        """Remove *size* bytes from the buffer, or all that there are."""
+        taken: Pieces = []
+        while self._buffer and size:
+            piece = self._buffer.pop(0)
+            if len(piece) > size:
+                view = memoryview(piece)
+                self._buffer.insert(0, view[size:])
+                piece = view[:size]
+            taken.append(piece)
+            size -= len(piece)
+            self._buffered -= len(piece)
+        return taken
+
+    def _may_come(self) -> int:
+        """Return how many bytes may follow those that were handed out."""
+        limit = self._max_bytes
+        if self._is_declared and self.total is not None:
+            limit = min(limit, self.total)
+        return limit - self._hashes.size
+
+    def _check_so_far(self) -> None:
+        size = self._hashes.size + self._buffered
+        check_size(self.column, size, self._max_bytes)
+        if self._is_declared and self.total is not None and size > self.total:
+            raise SizeMismatchError(
+                f"column {self.column!r}: there are more than the {self.total} bytes that were "
+                "declared"
+            )
+
+    def _check_end(self) -> None:
+        if self._is_declared and self.total != self.size:
+            raise SizeMismatchError(
+                f"column {self.column!r}: {self.size} bytes came of the {self.total} that were "
+                "declared"
+            )
+        if self.on_end is not None:
+            self.on_end(self.sha256)
+
+    def _whole(self, pieces: Pieces) -> Payload:
+        self._hashes.take(pieces)
+        return Payload(
+            body=bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces),
+            md5=self.md5,
+            sha256=self.sha256,
+            crc32=self.crc32,
+        )
+
+
+async def _off_the_loop(size: int, work: Callable[[], T]) -> T:
+    return work() if size <= HASH_INLINE_BYTES else await asyncio.to_thread(work)
+
+
+def _size_of(pieces: Sequence[bytes | memoryview]) -> int:
+    return sum(map(len, pieces))
+
+
+# --- sources of every kind ---------------------------------------------------------------------
+
+
+class BufferPuller:
+    """Bytes in memory; those of a mutable buffer are copied as they are read."""
+
+    def __init__(self, source: bytes | bytearray | memoryview) -> None:
+        view = memoryview(source)
+        self._view = (view if view.contiguous else memoryview(bytes(view))).cast("B")
+        self._is_mutable = not view.readonly or not isinstance(view.obj, bytes)
+        self._position = 0
+
+    async def pull(self, size: int) -> Pieces:
+        """Return a view of the next bytes, or a copy of them."""
+        start = self._position
+        found = self._view[start : start + size]
+        self._position += len(found)
+        if not found:
+            return []
+        if not self._is_mutable:
+            return [found]
+        return [await _off_the_loop(len(found), found.tobytes)]
+
+
+class FilePuller:
+    """A file, read in a thread."""
+
+    def __init__(self, column: str, file: BinaryFile) -> None:
+        self._column = column
+        self._file = file
+
+    async def pull(self, size: int) -> Pieces:
+        """Read in pieces of 1 MiB."""
+        with reading_from(self._column, self._file):
+            return await asyncio.to_thread(self._read, size)
+
+    def _read(self, size: int) -> Pieces:
+        pieces: Pieces = []
+        while size:
+            piece: object = self._file.read(min(size, READ_PIECE_BYTES))
+            if piece is None:
+                raise InvalidSourceError(
+                    f"column {self._column!r}: the file is non-blocking, and gave nothing"
+                )
+            if not check_piece(self._column, self._file, piece):
+                break
+            assert isinstance(piece, bytes)
+            pieces.append(piece)
+            size -= len(piece)
+        return pieces
+
+
+class AsyncPuller:
+    """What is awaited piece by piece: an async ``read``, or an async iterator."""
+
+    def __init__(
+        self, column: str, source: object, read: Callable[[int], Awaitable[object]]
+    ) -> None:
+        self._column = column
+        self._source = source
+        self._read = read
+        self._left: bytes | memoryview = b""
+
+    async def pull(self, size: int) -> Pieces:
+        """Read until there is enough; what a piece has too much is kept for the next time."""
+        pieces: Pieces = []
+        while size:
+            piece = self._left or await self._next(size)
+            if not piece:
+                break
+            self._left = memoryview(piece)[size:]
+            pieces.append(memoryview(piece)[:size] if len(piece) > size else piece)
+            size -= min(size, len(piece))
+        return pieces
+
+    async def _next(self, size: int) -> bytes | memoryview:
+        with reading_from(self._column, self._source):
+            piece = await self._read(min(size, READ_PIECE_BYTES))
+        return check_piece(self._column, self._source, piece)
+
+
+@contextlib.contextmanager
+def reading_from(column: str, source: object) -> Iterator[None]:
+    """Turn what reading raises into our error; what somebody else means to raise goes on."""
+    try:
+        yield
+    except AioBlobColError:
+        raise
+    except (OSError, ValueError) as exc:  # ValueError: a file that was closed
+        raise InvalidSourceError(
+            f"column {column!r}: cannot read {type(source).__name__}: {exc}"
+        ) from exc
+
+
+def check_piece(column: str, source: object, piece: object) -> bytes:
+    """Return a piece as bytes that nobody changes any more.
+
+    Raises:
+        InvalidSourceError: it is no bytes.
+    """
+    if isinstance(piece, bytes):
+        return piece
+    if isinstance(piece, (bytearray, memoryview)):
+        return bytes(piece)
+    raise InvalidSourceError(
+        f"column {column!r}: {type(source).__name__} gave {type(piece).__name__}, not bytes; "
+        "open a file in binary mode"
+    )
+
+
+def async_puller(column: str, source: object) -> AsyncPuller | None:
+    """Return what reads an asynchronous source; None if it is none.
+
+    In this order: ``aiter_bytes()`` (httpx's responses), ``content`` (aiohttp's responses),
+    ``read_chunk()`` (aiohttp's body parts), ``read(size)`` (Starlette's uploads, asyncio's and
+    aiohttp's streams), async iteration.
+    """
+    if not is_async_source(source):
+        return None
+    if callable(iterate := getattr(source, "aiter_bytes", None)):
+        return AsyncPuller(column, source, _reader_of(iterate()))
+    content: Any = getattr(source, "content", None)
+    if inspect.iscoroutinefunction(getattr(content, "read", None)):
+        return AsyncPuller(column, source, content.read)
+    for name in ("read_chunk", "read"):
+        read = getattr(source, name, None)
+        if inspect.iscoroutinefunction(read):
+            return AsyncPuller(column, source, read)
+    return AsyncPuller(column, source, _reader_of(source))
+
+
+def size_of(source: object) -> int | None:
+    """Return what a source says about its own size; it may be wrong, and None if it is silent."""
+    size: object = getattr(source, "size", None)  # Starlette's uploads
+    if isinstance(size, int):
+        return size
+    headers = getattr(source, "headers", None)
+    if headers is not None and hasattr(headers, "get"):  # responses, body parts
+        length = str(headers.get("Content-Length", ""))
+        is_plain = str(headers.get("Content-Encoding", "identity")) == "identity"
+        return int(length) if is_plain and length.isascii() and length.isdigit() else None
+    if not is_binary_file(source):
+        return None
+    file: Any = source
+    try:
+        start = int(file.tell())
+        end = int(file.seek(0, io.SEEK_END))
+        file.seek(start)
+    except (AttributeError, OSError, TypeError, ValueError):  # a pipe, or closed
+        return None
+    return max(0, end - start)
+
+
+async def open_path(
+    column: str, path: Path, *, max_bytes: int | None = None, with_md5: bool = False
+) -> PartReader:
+    """Return what reads a file, opened here and closed by the reader.
+
+    Raises:
+        InvalidSourceError: it cannot be opened, or has too much.
+    """
+
+    def open_file() -> tuple[io.BufferedReader, int]:
+        size = check_source(path, column=column)
+        if size is not None and max_bytes is not None:
+            check_size(column, size, max_bytes)
+        file = path.open("rb")
+        return file, os.fstat(file.fileno()).st_size
+
+    with reading_from(column, path):
+        file, size = await asyncio.to_thread(open_file)
+
+    async def close() -> None:
+        file.close()
+
+    return PartReader(
+        column,
+        FilePuller(column, file),
+        max_bytes=max_bytes,
+        total=size,
+        is_declared=True,
+        with_md5=with_md5,
+        close=close,
+    )
+
+
+def iterable_reader(
+    column: str,
+    source: AsyncIterable[bytes],
+    *,
+    max_bytes: int | None,
+    total: int | None,
+    close: Callable[[], Awaitable[None]],
+) -> PartReader:
+    """Return what reads an async iterable whose size is known, closed by the reader."""
+    return PartReader(
+        column,
+        AsyncPuller(column, source, _reader_of(source)),
+        max_bytes=max_bytes,
+        total=total,
+        is_declared=total is not None,
+        close=close,
+    )
+
+
+async def open_source(
+    column: str,
+    source: Buffer | Path | BinaryFile | AsyncSource,
+    *,
+    max_bytes: int | None = None,
+    with_md5: bool = False,
+) -> Payload | PartReader:
+    """Read a source of one part at most; open what is larger, with its first part read.
+
+    Raises:
+        InvalidSourceError: it cannot be read, or has too much.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        size = check_source(source, column=column)
+        assert size is not None
+        if size <= PART_BYTES:
+            return await read_payload(column, source, with_md5=with_md5, max_bytes=max_bytes)
+        check_size(column, size, MAX_OBJECT_BYTES if max_bytes is None else max_bytes)
+        reader = PartReader(
+            column, BufferPuller(source), total=size, is_declared=True, with_md5=with_md5
+        )
+    elif isinstance(source, Path):
+        reader = await open_path(column, source, max_bytes=max_bytes)
+    else:
+        return await ReadOnce(source).open(column, max_bytes=max_bytes)
+    try:
+        payload = await reader.read_small()
+    except BaseException:
+        await reader.aclose()
+        raise
+    if payload is None:
+        return reader
+    await reader.aclose()
+    return payload
+
+
+async def fingerprint(column: str, path: Path) -> Fingerprint:
+    """Hash a file without keeping it.
+
+    Raises:
+        InvalidSourceError: it cannot be read, or changes meanwhile.
+    """
+    reader = await open_path(column, path, with_md5=True)
+    try:
+        while await reader.next_part() is not None:
+            pass
+    finally:
+        await reader.aclose()
+    return Fingerprint(reader.size, reader.md5, reader.sha256)
+
+
+class ReadOnce:
+    """A source that is used up by reading it, and what is kept of it to read it again.
+
+    What fits into one part is kept in memory once it was read; a larger one can be read again if
+    it can be rewound to where it stood. Copies of one blob share it.
+    """
+
+    __slots__ = ("_body", "_is_read", "_is_used", "_lock", "_size", "_source", "_start")
+
+    def __init__(self, source: BinaryFile | AsyncSource, *, size: int | None = None) -> None:
+        self._source: Any = source
+        self._size = size
+        self._body: bytes | None = None
+        self._is_read = False
+        self._is_used = False
+        self._start: int | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def size(self) -> int | None:
+        """Length in bytes; before it is read, what was declared, or what the source itself says."""
+        if self._body is not None:
+            return len(self._body)
+        return size_of(self._source) if self._size is None else self._size
+
+    def __reduce__(self) -> Any:
+        if self._body is None:
+            raise TypeError("this upload was not read yet: pickle Blob(await upload.read())")
+        return bytes, (self._body,)
+
+    async def open(self, column: str, *, max_bytes: int | None) -> Payload | PartReader:
+        """Read the first part; return the whole if it is all, else what reads the rest.
+
+        Raises:
+            InvalidSourceError: it cannot be read, or not again; or it has too much, or not what
+                was declared.
+        """
+        async with self._lock:
+            if self._body is not None:
+                return await read_payload(column, self._body, with_md5=False, max_bytes=max_bytes)
+            await self._rewind(column)
+            reader = PartReader(
+                column,
+                self._puller(column),
+                max_bytes=max_bytes,
+                total=self.size,
+                is_declared=self._size is not None,
+                close=self._give_back,
+            )
+            self._is_read = True
+            payload = await reader.read_small()
+            if payload is None:
+                self._is_used = True
+                return reader
+            self._body, self._source = payload.body, None
+            return payload
+
+    async def _rewind(self, column: str) -> None:
+        if self._is_used:
+            raise InvalidSourceError(
+                f"column {column!r}: this stream is being uploaded for another cell; commit that "
+                "one and assign blob.copy()"
+            )
+        if not self._is_read:
+            self._start = _position_of(self._source)
+            return
+        if self._start is None:  # the rest of it must not pass for the whole
+            raise InvalidSourceError(
+                f"column {column!r}: this stream was read, at least in part, by an attempt that "
+                "failed, and cannot be rewound; make another Blob"
+            )
+        with reading_from(column, self._source):
+            if inspect.iscoroutinefunction(self._source.seek):
+                await self._source.seek(self._start)
+            else:
+                await asyncio.to_thread(self._source.seek, self._start)
+
+    async def _give_back(self) -> None:
+        self._is_used = False
+
+    def _puller(self, column: str) -> Puller:
+        puller = async_puller(column, self._source)
+        return FilePuller(column, self._source) if puller is None else puller
+
+
+def _position_of(source: Any) -> int | None:
+    """Return where a source stands, if it can be put there again."""
+    file = getattr(source, "file", source)  # of Starlette's uploads, the file behind them
+    try:
+        if callable(getattr(source, "seek", None)) and file.seekable():
+            return int(file.tell())
+    except (AttributeError, OSError, ValueError):
+        return None
+    return None
+
+
+def _reader_of(iterable: Any) -> Callable[[int], Awaitable[object]]:
+    iterator: AsyncIterator[object] = aiter(iterable)
+
+    async def read(_size: int) -> object:
+        async for piece in iterator:
+            if piece or not isinstance(piece, (bytes, bytearray, memoryview)):
+                return piece
+        return b""
+
+    return read
