@@ -24,7 +24,7 @@ BUCKET = "bucket"
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_contender_without_a_peer_takes_its_turn(tmp_path: Path) -> None:
-    """The smoke test runs the library and aiobotocore in every group, and writes the report."""
+    """The smoke test runs the library in every group, and writes the report."""
     command = [sys.executable, str(BENCHMARKS / "run.py"), "--smoke", "--own", "--without-https"]
     done = subprocess.run(  # noqa: S603 - our own script
         [*command, f"--output={tmp_path}"], check=False, capture_output=True, text=True

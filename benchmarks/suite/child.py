@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from .measuring import measure
-from .place import Act, NotThereYetError, OpenAct, Place
+from .place import Act, OpenAct, Place
 
 PEERS: Final = frozenset(
     {"advanced_alchemy", "aioboto3", "boto3", "libcloud", "obstore", "s3fs", "sqlalchemy_file"}
@@ -101,8 +101,6 @@ def why_not(exc: BaseException) -> dict[str, str]:
     """Tell a contender that cannot run here from one that failed."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
-    if isinstance(exc, NotThereYetError):
-        return {"absent": "not there yet"}
     if isinstance(exc, ModuleNotFoundError) and (exc.name or "").partition(".")[0] in PEERS:
         return {"absent": "not installed"}
     return {"error": "".join(traceback.format_exception(exc))}

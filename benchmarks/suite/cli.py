@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="everything once, tiny")
     parser.add_argument("--only", action="append", default=[], help="a group; more than once")
     parser.add_argument("--without-https", action="store_true", help="leave those groups out")
-    parser.add_argument("--own", action="store_true", help="only aioblobcol and aiobotocore")
+    parser.add_argument(
+        "--own", action="store_true", help="only aioblobcol, and what it stands on by hand"
+    )
     parser.add_argument("--rounds", type=float, default=1, help="times the usual number")
     parser.add_argument("--no-pinning", action="store_true", help="let the system choose cores")
     parser.add_argument(
@@ -98,7 +100,7 @@ def _chosen(given: argparse.Namespace) -> list[Group]:
 
 
 def _own(group: Group) -> Group:
-    kept = [each for each in group.contenders if each.act.startswith(("own:", "raw_aiobotocore:"))]
+    kept = [each for each in group.contenders if each.act.startswith(("own:", "raw_"))]
     return dataclasses.replace(group, contenders=kept)
 
 

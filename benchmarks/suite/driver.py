@@ -145,27 +145,22 @@ def run_group(group: Group, on: Machine) -> dict[str, Result]:
     stub = on.stubs[group.scheme]
     results = {contender.name: Result() for contender in group.contenders}
     stub.configure(latency_ms=0, megabytes_per_second=0)
-    with _prepared(group, on) as uri:
-        stub.configure(latency_ms=group.latency_ms, megabytes_per_second=group.megabytes_per_second)
-        runner = _run_fresh if group.is_fresh else _run_kept
-        runner(group, on, uri, results)
+    try:
+        uri = _upload(group, on) if group.needs_object else None
+    except ChildError as exc:
+        return {name: Result(error=f"nothing to read: {exc}") for name in results}
+    stub.configure(latency_ms=group.latency_ms, megabytes_per_second=group.megabytes_per_second)
+    runner = _run_fresh if group.is_fresh else _run_kept
+    runner(group, on, uri, results)
     stub.forget()
     return results
 
 
-@contextlib.contextmanager
-def _prepared(group: Group, on: Machine) -> Iterator[str | None]:
-    """Upload what the contenders read, from a process that is none of theirs."""
-    yield _upload(group, on) if group.needs_object else None
-
-
 def _upload(group: Group, on: Machine) -> str:
-    for act in PREPARE:
-        with contextlib.suppress(AbsentError), _place(group, on, None) as place:
-            with on.child(Contender("prepare", act), place) as child:
-                uri: str = child.ask(times=1)["result"]
-            return uri
-    raise ChildError("nobody could upload the object to be read")
+    """Upload what the contenders read, from a process that is none of theirs."""
+    with _place(group, on, None) as place, on.child(PREPARE, place) as child:
+        uri: str = child.ask(times=1)["result"]
+    return uri
 
 
 @contextlib.contextmanager

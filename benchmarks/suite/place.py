@@ -24,10 +24,6 @@ PARTS_IN_FLIGHT: Final = 4
 CHUNK_BYTES: Final = 2**20
 
 
-class NotThereYetError(Exception):
-    """This version of the library cannot do it."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
     """Where a contender works.

@@ -85,8 +85,7 @@ class Group:
     measures: Sequence[str] = ("wall", "cpu")
 
 
-PREPARE: Final = ("suite.contenders.own:upload", "suite.contenders.raw_aiobotocore:upload_tuned")
-"""Who uploads the object that is to be read: the first that can."""
+PREPARE: Final = Contender("who uploads what is to be read", "own:upload")
 
 PUTS: Final = (
     Contender("raw socket, unsigned", "raw_socket:put"),

@@ -448,13 +448,14 @@ class Verbs:
 
     def _complete(self, head: Head, body: Body) -> bytes:
         name, upload = self._upload(head)
-        _, data, _ = self._received(head, body)
-        numbers = [int(number) for number in _PART_NUMBER.findall(data or b"")]
+        listed = b"".join(body.pieces or ())  # a checksum in the head is that of the object
+        numbers = [int(number) for number in _PART_NUMBER.findall(listed)]
         if not numbers or numbers != sorted(upload.parts.keys() & set(numbers)):
             raise S3Error("400 Bad Request", "InvalidPart")
         parts = [upload.parts[number] for number in numbers]
         self._check_parts(parts)
         size = sum(part.size for part in parts)
+        self._check_whole(head, upload, size)
         bodies = [part.body for part in parts if part.body is not None]
         is_kept = size <= KEPT_BYTES and len(bodies) == len(parts)
         checksum = _checksum_of_upload(head, upload, parts)
@@ -481,6 +482,15 @@ class Verbs:
             if part.crc32 and part.seen_crc32 != crc32_of_pattern(offset, part.size):
                 raise S3Error("400 Bad Request", "BenchmarkNotThePattern")
             offset += part.size
+
+    def _check_whole(self, head: Head, upload: Upload, size: int) -> None:
+        declared = head.get(b"x-amz-mp-object-size")
+        if declared and int(declared) != size:
+            raise S3Error("400 Bad Request", "InvalidRequest")
+        crc32 = head.get(b"x-amz-checksum-crc32")
+        is_checked = self._world.verify and upload.is_full_object and size > KEPT_BYTES
+        if is_checked and crc32 and crc32 != _encoded(crc32_of_pattern(0, size)):
+            raise S3Error("400 Bad Request", "BadDigest")
 
     def _abort(self, head: Head, _body: Body) -> bytes:
         name, _ = self._upload(head)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -15,14 +14,13 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-import aioblobcol
 from aioblobcol import (
     Blob,
     BlobType,
-    InvalidSourceError,
     PutS3ApiCall,
     blob_sessionmaker,
     blob_transaction,
+    download_blob,
     open_blob,
     open_store,
     put_s3,
@@ -30,7 +28,7 @@ from aioblobcol import (
 )
 
 from ..pattern import iter_blocks, stream_pattern
-from ..place import BUCKET, Act, NotThereYetError, Place
+from ..place import BUCKET, Act, Place
 from ..tables import COLUMNS, Row, create_engine_at
 
 OpenStore = Callable[[Place], AbstractAsyncContextManager[Any]]
@@ -63,27 +61,13 @@ def on_aiobotocore(place: Place) -> AbstractAsyncContextManager[Any]:
 
 def on_obstore(place: Place) -> AbstractAsyncContextManager[Any]:
     """Open the store on obstore."""
-    try:
-        open_obstore = importlib.import_module("aioblobcol.obstore").open_obstore
-    except ModuleNotFoundError as exc:
-        if exc.name != "aioblobcol.obstore":
-            raise  # obstore is missing
-        raise NotThereYetError("aioblobcol.obstore") from exc
-    store: AbstractAsyncContextManager[Any] = open_obstore(
+    from aioblobcol.obstore import open_obstore  # noqa: PLC0415 - an extra
+
+    return open_obstore(
         f"s3://{BUCKET}/rows",
         config=place.obstore_config,
         client_options=place.obstore_client_options,
     )
-    return store
-
-
-@contextlib.contextmanager
-def _streams() -> Any:
-    """Streams are a source since large objects have come."""
-    try:
-        yield
-    except InvalidSourceError as exc:
-        raise NotThereYetError(str(exc)) from exc
 
 
 # explicit
@@ -325,8 +309,7 @@ async def upload(place: Place, opening: OpenStore = on_aiobotocore) -> AsyncIter
         await _put(store, b"opens a connection")
 
         async def run(_subject: Any) -> str:
-            with _streams():
-                return await _put(store, stream_pattern(place.stream_bytes))
+            return await _put(store, stream_pattern(place.stream_bytes))
 
         yield Act(run)
 
@@ -385,14 +368,13 @@ def obstore_download(place: Place) -> Any:
 @contextlib.asynccontextmanager
 async def download_to_file(place: Place, opening: OpenStore = on_aiobotocore) -> AsyncIterator[Act]:
     """Read a large object by parallel ranges into a file."""
-    download_blob = getattr(aioblobcol, "download_blob", None)
-    if download_blob is None:
-        raise NotThereYetError("download_blob")
+    uri = place.uri
+    assert uri is not None
     path = place.directory / "ranges"
     async with opening(place) as store:
 
         async def run(_subject: Any) -> None:
-            await download_blob(store, place.uri, path)
+            await download_blob(store, uri, path)
             assert path.stat().st_size == place.stream_bytes
             path.unlink()
 
