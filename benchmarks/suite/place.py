@@ -74,7 +74,7 @@ class Place:
         }
 
     @property
-    def obstore_config(self) -> dict[str, str]:
+    def obstore_config(self) -> dict[str, Any]:
         """The same for obstore."""
         return {
             "endpoint": self.endpoint_url,
@@ -84,7 +84,7 @@ class Place:
         }
 
     @property
-    def obstore_client_options(self) -> dict[str, Any]:
+    def obstore_client_options(self) -> Any:
         """Obstore takes no certificate of one's own; encryption costs the same."""
         return {"allow_http": True, "allow_invalid_certificates": True}
 
