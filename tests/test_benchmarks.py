@@ -13,7 +13,10 @@ import pytest
 import pytest_asyncio
 from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
+from suite.driver import Result
+from suite.goals import goals_of
 from suite.pattern import BLOCK
+from suite.plan import GROUPS
 from suite.servers import running_stub
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -39,6 +42,47 @@ def test_every_contender_without_a_peer_takes_its_turn(tmp_path: Path) -> None:
     assert (
         "| 3 | requests of a create: aioblobcol, explicit" in (tmp_path / "RESULTS.md").read_text()
     )
+
+
+class TestGoals:
+    """How a run is judged."""
+
+    def test_rounds_are_compared_with_themselves(self) -> None:
+        """A round that was slow for everybody does not count against anybody."""
+        ours = Result(wall=[1.1, 11.0, 1.1], cpu=[1, 1, 1], settle=[0, 0, 0])
+        floor = Result(wall=[1.0, 10.0, 1.0], cpu=[1, 1, 1], settle=[0, 0, 0])
+
+        goals = goals_of({"create-8": {"aioblobcol, explicit": ours, "one PUT + commit": floor}})
+        found = [goal for goal in goals if goal.is_met is not None]
+        assert [(goal.number, goal.measured, goal.verdict) for goal in found] == [
+            ("1", "1.10x", "met")
+        ]
+
+    def test_what_failed_is_not_judged(self) -> None:
+        """A contender that failed half way leaves its goals open."""
+        ours = Result(wall=[1.0], cpu=[1], settle=[0], error="it fell over")
+        floor = Result(wall=[1.0], cpu=[1], settle=[0])
+
+        goals = goals_of({"create-8": {"aioblobcol, explicit": ours, "one PUT + commit": floor}})
+        assert {goal.verdict for goal in goals} == {"-"}
+
+    def test_another_request_misses_a_goal(self) -> None:
+        """Goal 3 holds for exactly these requests: one HEAD too many misses it."""
+        ours = Result(wall=[1.0], requests={"PUT": 8, "HEAD": 1})
+
+        goals = goals_of({"create-8": {"aioblobcol, managed": ours}})
+        assert [goal.verdict for goal in goals if goal.is_exact and goal.is_met is not None] == [
+            "MISSED"
+        ]
+
+    def test_every_contender_of_a_goal_is_in_the_plan(self) -> None:
+        """No goal stays open because of a name that nobody has."""
+        sample = Result(
+            wall=[1.0], cpu=[1.0], settle=[1.0], growth=[1], stall=[1.0], requests={"PUT": 1}
+        )
+        results = {group.name: {c.name: sample for c in group.contenders} for group in GROUPS}
+
+        assert [goal.text for goal in goals_of(results) if goal.is_met is None] == []
 
 
 class TestStub:

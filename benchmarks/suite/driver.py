@@ -104,6 +104,8 @@ class Machine:
                 child = self._shared(module, contender, self.shared)
             with child.opened(contender.function, place):
                 yield child
+        if child.process.returncode:  # its figures stand, but nobody should have to find out
+            print(f"{contender.name}: ended with {child.process.returncode}", file=sys.stderr)
 
     def _shared(self, module: str, contender: Contender, shared: dict[str, Child]) -> Child:
         if module not in shared or shared[module].has_ended:

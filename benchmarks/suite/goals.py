@@ -142,8 +142,9 @@ def _goal(
     if found is None:
         return Goal(number, text, limit_text, "not measured", None)
     measured = f"{found.median:.2f}{unit}"
-    if found.low != found.high:
-        measured += f" ({found.low:.2f} to {found.high:.2f})"
+    quartiles = (f"{found.low:.2f}", f"{found.high:.2f}")
+    if quartiles[0] != quartiles[1]:
+        measured += f" ({' to '.join(quartiles)})"
     return Goal(number, text, limit_text, measured, holds(found.median, limit))
 
 

@@ -112,6 +112,8 @@ def running_stub(
     with _ended(process):
         assert process.stdout is not None
         url = process.stdout.readline().strip()
+        if not url:
+            raise ChildError("the stub did not start")
         if cpu is not None:
             os.sched_setaffinity(process.pid, {cpu})
         yield Stub(url, ca_file)
