@@ -116,9 +116,9 @@ class Machine:
     def _start(self, contender: Contender, directory: Path, stack: contextlib.ExitStack) -> Child:
         python = sys.executable
         if contender.environment is not None:
-            if contender.environment not in self.environments:
+            python = self.environments.get(contender.environment, "")
+            if not Path(python).is_file():
                 raise AbsentError("not installed")
-            python = self.environments[contender.environment]
         return stack.enter_context(running_child(directory, python=python, cpu=self.client_cpu))
 
 
