@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 import typer.main
+from support.awaits import CountedTask
 from support.databases import Database
 from support.journal import Journaled, open_journaled
 from support.s3_proxy import Forward, Request, answer, s3_proxy
@@ -37,7 +38,13 @@ from aioblobcol.testing import MemoryStore, S3Server, StoredObject
 
 ID = f"id={7:032x}"
 LARGE = bytes(range(256)) * (PART_BYTES // 256) + b"the second part"
+ENDS = [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 1, "ended by SIGTERM"),
+]
 LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
+
+pytestmark = pytest.mark.slow  # a client for each test, and for many a process
 
 Run = Callable[..., Awaitable[Result]]
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
@@ -182,7 +189,6 @@ class TestPut:
             info = await bucket.head(f"s3://{bucket.bucket}/large")
             assert str(info.etag).endswith('-2"')
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("size", [0, PART_BYTES + 1])
     @pytest.mark.parametrize("is_file", [True, False])
     async def test_standard_input(
@@ -277,9 +283,11 @@ class TestPut:
         assert len(result.stderr.splitlines()) == 1
         assert await contents(bucket) == {"large": b"old"}
 
-    @pytest.mark.slow
-    async def test_ctrl_c(self, start: Start, bucket: S3Store, here: Path) -> None:
-        """Aborts the upload: neither an object nor a part is left; the exit code is 130."""
+    @pytest.mark.parametrize(("number", "expected", "text"), ENDS)
+    async def test_a_signal(
+        self, start: Start, bucket: S3Store, here: Path, number: int, expected: int, text: str
+    ) -> None:
+        """Aborts the upload: neither an object nor a part is left; of Ctrl-C the code is 130."""
         (here / "large").write_bytes(LARGE)
         sending, never = asyncio.Event(), asyncio.Event()
 
@@ -296,13 +304,12 @@ class TestPut:
                 env={**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint_url},
             )
             await sending.wait()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             code, out, err = await waiting(process)
 
-        assert (code, out, err) == (130, "", "aioblobcol put: interrupted\n")
+        assert (code, out, err) == (expected, "", f"aioblobcol put: {text}\n")
         assert await contents(bucket) == {}
 
-    @pytest.mark.slow
     async def test_ctrl_c_while_nobody_writes(
         self, start: Start, bucket: S3Store, s3: S3Server
     ) -> None:
@@ -345,6 +352,37 @@ class TestPut:
             await upload(memory_store, uri, source, arguments={}, on_progress=lambda *_: None)
 
         assert memory_store.objects == {}
+
+    @pytest.mark.parametrize("body", [b"small", LARGE])
+    async def test_cancelled_at_any_await(self, body: bytes) -> None:
+        """The object is the old one or the new one, and no part is left."""
+        uri = "s3://bucket/elsewhere"
+        for moment in range(1, 400):
+            async with MemoryStore() as store:
+                store.objects[uri] = StoredObject(b"old", {}, {})
+                reader = asyncio.StreamReader(limit=2 * len(body))
+                reader.feed_data(body)
+                reader.feed_eof()
+                source = Source("file", AsyncPuller("file", reader, reader.read), None)
+                work = upload(store, uri, source, arguments={}, on_progress=lambda *_: None)
+                was_reached = await CountedTask(work, cancel_at=moment).run()
+                assert store.uploads == {}
+                assert store.runtime.slots._value == 32
+                found = store.objects[uri].body
+            assert found in ({b"old", body} if was_reached else {body})
+            if not was_reached:
+                return
+        pytest.fail("this never ends")
+
+    async def test_a_terminal_that_knows_ascii_only(
+        self, run: Run, bucket: S3Store, here: Path
+    ) -> None:
+        """The URI is escaped, and the object is there."""
+        (here / "ü").write_bytes(b"1")
+        result = await run("put", "ü", "--bucket", bucket.bucket, charset="ascii")
+
+        assert (result.exit_code, result.stdout) == (0, f"s3://{bucket.bucket}/\\xfc\n")
+        assert set(await contents(bucket)) == {"ü"}
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),
@@ -466,6 +504,13 @@ class TestGet:
         assert (process.returncode, cut) == (0, 1), err
         assert (out if target == "-" else (here / "file").read_bytes()) == LARGE
 
+    async def test_into_no_directory(self, run: Run, here: Path) -> None:
+        """Is refused before anything is sent."""
+        result = await run("get", "s3://bucket/a", "nowhere/a")
+
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "there is no directory" in told(result)
+
     @pytest.mark.parametrize("key", ["a/", "a/..", "..", "a/."])
     async def test_keys_that_name_no_file(
         self, run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, key: str
@@ -476,9 +521,11 @@ class TestGet:
         assert result.exit_code == 2
         assert "is no name for a file" in told(result)
 
-    @pytest.mark.slow
-    async def test_ctrl_c(self, start: Start, bucket: S3Store, here: Path) -> None:
-        """Leaves no part of a file; the exit code is 130."""
+    @pytest.mark.parametrize(("number", "expected", "text"), ENDS)
+    async def test_a_signal(
+        self, start: Start, bucket: S3Store, here: Path, number: int, expected: int, text: str
+    ) -> None:
+        """Leaves no part of a file; of Ctrl-C the exit code is 130."""
         (uri,) = await fill(bucket, "a", body=LARGE)
         asked, never = asyncio.Event(), asyncio.Event()
 
@@ -492,13 +539,12 @@ class TestGet:
             environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint_url}
             process = await start("get", uri, env=environment)
             await asked.wait()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             code, out, err = await waiting(process)
 
-        assert (code, out, err) == (130, "", "aioblobcol get: interrupted\n")
+        assert (code, out, err) == (expected, "", f"aioblobcol get: {text}\n")
         assert names_in(here) == []
 
-    @pytest.mark.slow
     async def test_a_reader_that_goes(self, start: Start, bucket: S3Store) -> None:
         """Ends it quietly, as any command at the head of a pipe."""
         (uri,) = await fill(bucket, "a", body=LARGE)
@@ -566,7 +612,6 @@ class TestLs:
             assert line.endswith(r"/a\x1b[31mred\u202etxt")
         assert shown("ü 😀\n\x85") == r"ü 😀\n\x85"
 
-    @pytest.mark.slow
     async def test_many(self, run: Run, start: Start, bucket: S3Store) -> None:
         """Pages follow each other; a reader that goes ends it quietly."""
         await fill(bucket, *(f"some/rather/long/name/of/an/object/{n:06}" for n in range(1200)))
@@ -929,6 +974,17 @@ class TestWithAnApplication:
         assert result.exit_code == 2
         assert "the application's stores say that already" in told(result)
 
+    async def test_that_is_left_out(
+        self, run: Run, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An empty --app goes without the one that the environment names."""
+        await fill(bucket, "a")
+        monkeypatch.setenv("AIOBLOBCOL_APP", "no_such_module:blobs")
+        assert (await run("ls", f"s3://{bucket.bucket}")).exit_code == 2
+
+        result = await run("ls", f"s3://{bucket.bucket}", "--app", "")
+        assert (result.exit_code, len(result.stdout.splitlines())) == (0, 1)
+
     async def test_without_a_journal(
         self, database: Database, monkeypatch: pytest.MonkeyPatch, run: Run, here: Path
     ) -> None:
@@ -962,7 +1018,7 @@ class TestWithAnApplication:
 
         refused = await call("rm", "--delete", named, orphan, young)
         assert refused.exit_code == 1
-        assert "plain_docs.other and plain_docs.url names it" in refused.stderr
+        assert "plain_docs.other and plain_docs.url name it" in refused.stderr
         assert "younger than 24 hours" in refused.stderr
         assert len(store.objects) == 3
         result = await call("rm", "--delete", orphan)
@@ -975,7 +1031,6 @@ class TestWithAnApplication:
         assert young in store.objects
 
 
-@pytest.mark.slow
 class TestBars:
     """On a terminal there is a bar while bytes travel, and nowhere else."""
 

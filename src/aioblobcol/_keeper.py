@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, inspect
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session
-from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.orm.attributes import get_history, instance_state
 from sqlalchemy.orm.base import PASSIVE_NO_INITIALIZE
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -811,8 +811,8 @@ def _state_with_blobs(
 ) -> InstanceState[Any] | None:
     if chosen is not None and id(instance) not in chosen:
         return None
-    state: InstanceState[Any] | None = inspect(instance)
-    return state if state is not None and blob_attributes(state.mapper) else None
+    state = instance_state(instance)
+    return state if blob_attributes(state.mapper) else None
 
 
 def _check_row_switches(flush: _Flush, new: Iterable[object]) -> None:
@@ -842,8 +842,8 @@ def _by_mapper(
 
 
 def _managed_state(instance: object) -> InstanceState[Any]:
-    state = _state_with_blobs(instance, None)
-    if state is None:
+    state: InstanceState[Any] | None = inspect(instance)
+    if state is None or not blob_attributes(state.mapper):
         raise InvalidSourceError(f"{type(instance).__name__} has no managed columns")
     return state
 

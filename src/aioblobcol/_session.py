@@ -552,6 +552,8 @@ class TransactionWatch:
 
         A session that is bound to somebody's connection ends without ending its transaction.
         """
+        if self.facts.commit_sent or self.facts.rollback_sent:
+            return False
         left = [
             connection
             for connection in self.connections
@@ -559,7 +561,7 @@ class TransactionWatch:
             and connection.in_transaction()
             and not self.has_left(connection)
         ]
-        if not left or self.facts.commit_sent or self.facts.rollback_sent:
+        if not left:
             return False
         session = self._session()
         if session is not None:
@@ -966,11 +968,11 @@ def _listen_to_engine(engine: Engine) -> None:
     if is_new_target(_engines, engine):
         for name, listener in _ENGINE_LISTENERS:
             event.listen(engine, name, listener)
+        # this one is the dialect's, which engines made by execution_options() share
+        if is_new_target(_dialects, engine.dialect):
+            event.listen(engine, "handle_error", _handle_error)
     if isinstance(engine.pool, StaticPool) and is_new_target(_static_pools, engine.pool):
         event.listen(engine.pool, "reset", _reset)
-    # this one is the dialect's, which engines made by execution_options() share
-    if is_new_target(_dialects, engine.dialect):
-        event.listen(engine, "handle_error", _handle_error)
 
 
 def _listen_to_pool(engine: Engine) -> None:

@@ -29,10 +29,9 @@ class Kind(enum.Enum):
     CONTROL = "control"  # ends a transaction behind SQLAlchemy's back
     OTHER = "other"
 
-    @property
-    def changes_rows(self) -> bool:
-        """It may change rows that name objects."""
-        return self in {Kind.INSERT, Kind.UPDATE, Kind.DELETE}
+    def __init__(self, value: str) -> None:
+        """Say whether it may change rows that name objects."""
+        self.changes_rows = value in {"insert", "update", "delete"}
 
 
 class Evidence(enum.Enum):
@@ -298,7 +297,7 @@ def assigned_strings(
     All of an INSERT's; of an UPDATE's those before its WHERE; in doubt, all. None of a DELETE's.
     Its own text, as far as it counts, is one of them.
     """
-    if statement.kind not in {Kind.INSERT, Kind.UPDATE}:
+    if statement.kind is not Kind.INSERT and statement.kind is not Kind.UPDATE:
         return
     where = statement.where_at
     if statement.kind is Kind.INSERT or not statement.is_countable or where is None:

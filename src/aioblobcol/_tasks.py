@@ -10,10 +10,11 @@ import asyncio
 import collections
 import contextlib
 import logging
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
 T = TypeVar("T")
 
@@ -107,6 +108,47 @@ class Budget:
             if not turn.done():  # else its task was cancelled, and has not run since
                 self._left -= amount
                 turn.set_result(None)
+
+
+async def run_in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Call and await *work* in a thread, in an event loop of its own, so that ours stays free.
+
+    What it returns must not belong to that loop, which is closed then. A cancellation is handed
+    on and its end waited for: afterwards nothing of the work runs any more.
+
+    Raises:
+        asyncio.CancelledError: the caller was cancelled; what the work raised is its cause, what
+            it returned is lost.
+    """
+    begun: Future[Callable[[], object]] = Future()
+
+    async def main() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await work()
+
+    thread = asyncio.create_task(asyncio.to_thread(_run, main), name="aioblobcol: in a thread")
+    interrupted: asyncio.CancelledError | None = None
+    while not thread.done():
+        try:
+            await asyncio.wait({thread})
+        except asyncio.CancelledError as exc:
+            interrupted = exc
+            begun.add_done_callback(_cancel)
+    if interrupted is not None:
+        raise interrupted from (None if thread.cancelled() else thread.exception())
+    return thread.result()
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with asyncio.Runner() as runner:
+        return runner.run(main())
+
+
+def _cancel(begun: Future[Callable[[], object]]) -> None:
+    with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended
+        begun.result()()
 
 
 class Background:

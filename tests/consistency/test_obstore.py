@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.awaits import CountedTask
 from support.databases import Database
@@ -28,10 +30,11 @@ from aioblobcol import (
     upload_blobs,
 )
 from aioblobcol._check import Check
+from aioblobcol._sources import PART_BYTES
 from aioblobcol._store._base import PutRequest
 from aioblobcol.obstore import ObstoreStore
 from aioblobcol.testing import S3Server, assert_consistent
-from aioblobcol.testing.conformance import put_request
+from aioblobcol.testing.conformance import noise, put_request, same
 
 MANY = 400  # far more awaits than any of these programs has
 
@@ -191,6 +194,56 @@ class TestManaged:
             await library.add(Doc(name="a", body=Blob(b"1"), scan=Blob(b"2")))
 
         assert await library.check() == []
+
+
+class TestLargeObjects:
+    """What does not fit into one part goes through obstore's writer, and comes back in parts."""
+
+    @pytest_asyncio.fixture
+    async def library(self, sqlite: Database, store: ObstoreStore) -> AsyncIterator[Library]:
+        async with open_library(sqlite, store) as opened:
+            yield opened
+
+    async def test_up_and_down(self, library: Library, tmp_path: Path) -> None:
+        """A file and a stream of unknown length are committed, and arrive whole."""
+        body = noise(2 * PART_BYTES + 17)
+        source = tmp_path / "source"
+        await asyncio.to_thread(source.write_bytes, body)
+        await library.add(Doc(name="a", body=Blob(source), scan=Blob(stream(body))))
+        async with library.session() as session:
+            doc = await session.get_one(Doc, "a")
+            assert doc.body is not None
+            assert doc.scan is not None
+            await doc.body.download_to(tmp_path / "target")
+            assert same(await doc.scan.read(), body)
+            async with doc.body.open() as chunks:
+                assert same(b"".join([chunk async for chunk in chunks]), body)
+
+        assert same(await asyncio.to_thread((tmp_path / "target").read_bytes), body)
+        assert [len(each) for each in await library.check()] == [len(body)] * 2
+
+    async def test_a_source_that_breaks(self, library: Library) -> None:
+        """A stream that fails in the middle leaves nothing, and no row."""
+        with pytest.raises(BlobUploadError):
+            await library.add(Doc(name="a", body=Blob(stream(noise(PART_BYTES + 1), breaks=True))))
+
+        assert await library.check() == []
+
+    async def test_a_row_that_is_refused(self, library: Library) -> None:
+        """A large object whose row is refused is deleted again."""
+        body = noise(PART_BYTES + 1)
+        await library.add(Doc(name="a", title="t", body=Blob(b"1")))
+        with pytest.raises(IntegrityError):
+            await library.add(Doc(name="b", title="t", body=Blob(stream(body))))
+
+        assert await library.check() == [b"1"]
+
+
+async def stream(body: bytes, *, breaks: bool = False) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 2**20):
+        yield body[start : start + 2**20]
+    if breaks:
+        raise UserError
 
 
 class TestJournaled:

@@ -677,7 +677,7 @@ class TestMemory:
 
         class Endless(MemoryStore):
             async def iter_objects(
-                self, *, start_after: str = ""
+                self, *, start_after: str = "", with_times: bool = False
             ) -> AsyncGenerator[ListedObject, None]:
                 for number in range(count):
                     yield ListedObject(many_uri(number), 1)

@@ -28,7 +28,8 @@ from aioblobcol import (
     StoreError,
     StoreUnavailableError,
 )
-from aioblobcol._store._base import PART_BYTES, CopyRequest, WriteRequest
+from aioblobcol._sources import PART_BYTES
+from aioblobcol._store._base import CopyRequest, WriteRequest
 from aioblobcol.obstore import ObstoreStore
 from aioblobcol.testing import S3Server
 from aioblobcol.testing.conformance import (
@@ -404,8 +405,8 @@ class TestAmongOthers:
 
 PROGRAM = """
 import asyncio, sys, zlib
-from aioblobcol._sources import Part
-from aioblobcol._store._base import PART_BYTES, WriteRequest
+from aioblobcol._sources import PART_BYTES, Part
+from aioblobcol._store._base import WriteRequest
 from aioblobcol.obstore import open_obstore
 
 async def main(url, endpoint, how):

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
+import threading
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import get_session
 from support.databases import Database
 from support.models import Task, contents, load
@@ -128,6 +130,23 @@ class TestRequests:
         assert headers["content-length"] == "4"
         assert "x-amz-trailer" not in headers
         assert headers["user-agent"].startswith("aioblobcol/")
+
+    @pytest.mark.parametrize(("size", "is_file"), [(0, False), (65_536, False), (65_537, True)])
+    async def test_a_small_body_is_sent_at_once(
+        self, s3_store: S3Store, size: int, *, is_file: bool
+    ) -> None:
+        """Up to 64 KiB a body reaches the socket as it is; a larger one as a file, in pieces."""
+        bodies: list[Any] = []
+
+        def note(params: dict[str, Any], **_: Any) -> None:
+            bodies.append(params["body"])
+
+        s3_store.client.meta.events.register("before-call.s3.PutObject", note)
+        call = PutS3ApiCall("html", bytes(size), None)
+        put = await put_s3(pk="u", api_calls=[call], store=s3_store)
+
+        assert [hasattr(body, "read") for body in bodies] == [is_file]
+        assert await s3_store.get(put.to_values()["html"]) == bytes(size)
 
     async def test_compat_generic(self, proxy: S3Proxy, s3: S3Server, s3_store: S3Store) -> None:
         """The preset `generic` sends Content-MD5 with PUT and DeleteObjects, no new checksums."""
@@ -560,7 +579,7 @@ class TestLifetimes:
 
 
 class TestOpening:
-    """What is wrong with the configuration is said in our words."""
+    """The loop goes on meanwhile; what is wrong with the configuration is said in our words."""
 
     async def test_an_endpoint_that_is_none(self, s3: S3Server) -> None:
         """An endpoint without a scheme is bad input."""
@@ -593,3 +612,50 @@ class TestOpening:
 
             assert isinstance(caught.value.__cause__, StoreAccessError)
             assert store.runtime.second_deletes == ()
+
+    async def test_cancelled_while_credentials_are_asked_for(
+        self, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A cancellation ends the opening, though it waits for somebody else's answer."""
+        asked, unanswered = asyncio.Event(), asyncio.Event()
+
+        async def rule(_request: Request, _forward: Forward) -> None:
+            asked.set()
+            await unanswered.wait()
+
+        proxy.rule = rule
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "not-there")
+        monkeypatch.setenv("AWS_CONFIG_FILE", "not-there")
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{proxy.endpoint_url}/keys")
+        store = open_store(bucket="bucket", region_name="us-east-1")
+        opening = asyncio.create_task(store.__aenter__())
+        await asked.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+        assert "closed" in repr(store)
+
+    async def test_the_event_loop_goes_on(self, s3: S3Server, s3_store: S3Store) -> None:
+        """The client is made in another thread; its requests are sent by the loop's own."""
+        made_in: list[int] = []
+        sent_in: list[int] = []
+
+        class Connections(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no types
+            def __init__(self, **arguments: Any) -> None:
+                made_in.append(threading.get_ident())
+                super().__init__(**arguments)
+
+            async def send(self, request: Any) -> Any:
+                sent_in.append(threading.get_ident())
+                return await super().send(request)
+
+        config = AioConfig(proxies={}, http_session_cls=Connections)
+        async with s3.open_store(bucket=s3_store.bucket, config=config) as store:
+            assert [uri async for uri in store.iter_uris()] == []
+
+        assert threading.get_ident() not in made_in
+        assert len(made_in) == 1
+        assert sent_in == [threading.get_ident()]

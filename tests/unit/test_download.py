@@ -243,6 +243,23 @@ class TestResuming:
             await read(store)
         assert len(store.asked) == 1
 
+    async def test_a_later_part_without_an_answer(self, store: PartialStore, files: Read) -> None:
+        """Once the object is known to be there, each part is as patient as any reading."""
+        seen = 0
+
+        def refuse(step: Step) -> None:
+            nonlocal seen
+            if step.stage == "before":
+                seen += 1
+                if seen in {2, 3, 5}:
+                    raise StoreUnavailableError("get", step.uri, "SlowDown")
+
+        store.hooks.append(refuse)
+        for reading in (files, by_parts):
+            seen = 0
+            assert await reading(store) == BODY
+            assert seen >= 6
+
     @pytest.mark.parametrize("ending", ["overwritten", "deleted", "shortened"])
     async def test_what_has_changed(self, store: PartialStore, read: Read, ending: str) -> None:
         """Bytes of two versions are never mixed, and what is gone is not found."""

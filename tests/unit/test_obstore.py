@@ -22,8 +22,8 @@ from aioblobcol import (
     StoreError,
     StoreUnavailableError,
 )
-from aioblobcol._sources import Part
-from aioblobcol._store._base import PART_BYTES, CopyRequest, WriteRequest
+from aioblobcol._sources import PART_BYTES, Part
+from aioblobcol._store._base import CopyRequest, WriteRequest
 from aioblobcol._store._obstore_backends import HttpOptions, remote, split_url
 from aioblobcol._store._obstore_errors import translated, translating
 from aioblobcol._store._obstore_streams import MAX_PARTS, _chunk_bytes, _pieces

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from aioblobcol._tasks import Background, run_to_end, wait_through
+from aioblobcol._tasks import Background, run_in_thread, run_to_end, wait_through
 
 
 class Work:
@@ -220,6 +222,100 @@ class TestWaitThrough:
 
         assert await wait_through([inner]) is None
         assert inner.cancelled()
+
+
+class TestRunInThread:
+    async def test_the_caller_goes_on_in_its_own_thread(self) -> None:
+        """The work has another thread and another event loop, and its result arrives."""
+
+        async def work() -> tuple[int, asyncio.AbstractEventLoop]:
+            return threading.get_ident(), asyncio.get_running_loop()
+
+        thread, loop = await run_in_thread(work)
+
+        assert thread != threading.get_ident()
+        assert loop is not asyncio.get_running_loop()
+        assert loop.is_closed()
+
+    async def test_it_raises_what_the_work_raises(self) -> None:
+        """The error of the work arrives."""
+        work = Work(fails_with=LookupError("no such row"))
+        work.may_end.set()
+        with pytest.raises(LookupError, match="no such row"):
+            await run_in_thread(work)
+
+    async def test_a_cancellation_ends_the_work(self) -> None:
+        """The work is cancelled, and has ended before the cancellation goes on."""
+        has_begun = threading.Event()
+        ended: list[str] = []
+
+        async def work() -> None:
+            has_begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                ended.append("cancelled")
+
+        task = asyncio.create_task(run_in_thread(work))
+        await asyncio.to_thread(has_begun.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert ended == ["cancelled"]
+
+    async def test_a_cancellation_before_the_thread_has_begun(self) -> None:
+        """A cancellation that comes before the work does ends it at its first `await`."""
+        reached: list[str] = []
+
+        async def work() -> None:
+            reached.append("begun")
+            await asyncio.sleep(0)
+            reached.append("done")
+
+        loop = asyncio.get_running_loop()
+        gate = threading.Event()
+        with ThreadPoolExecutor(max_workers=1) as threads:
+            loop.set_default_executor(threads)
+            threads.submit(gate.wait)
+            task = asyncio.create_task(run_in_thread(work))
+            await give_way()
+            task.cancel()
+            await give_way()
+            gate.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        assert reached == ["begun"]
+
+    async def test_a_cancellation_that_comes_too_late_for_the_work(self) -> None:
+        """Work that ends all the same does not swallow the cancellation."""
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        async def work() -> None:
+            has_begun.set()
+            may_end.wait()  # as what computes: it sees no cancellation
+
+        task = asyncio.create_task(run_in_thread(work))
+        await asyncio.to_thread(has_begun.wait)
+        task.cancel()
+        await give_way()
+        assert not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def test_an_executor_that_takes_nothing_more(self) -> None:
+        """If there is no thread to be had, nothing is begun and the error says so."""
+        threads = ThreadPoolExecutor(max_workers=1)
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.shutdown()
+        work = Work()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await run_in_thread(work)
+
+        assert not work.started.is_set()
 
 
 class TestBackground:

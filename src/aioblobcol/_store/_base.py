@@ -29,7 +29,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from .._sources import Part, Payload
 from .._tasks import Background, Budget, run_to_end
 from .._uri import root_uri
-from ..errors import CleanUpError, ForeignUriError, InvalidInputError, StoreClosedError
+from ..errors import (
+    BlobChangedError,
+    CleanUpError,
+    ForeignUriError,
+    InvalidInputError,
+    StoreClosedError,
+)
 
 if TYPE_CHECKING:
     from typing import Self
@@ -403,7 +409,8 @@ class Store(Protocol):
 
         Args:
             uri: the object.
-            part: which bytes; all by default. The reader's ``info.size`` is the whole object's.
+            part: which bytes; all by default, none beyond the object's end. The reader's
+                ``info.size`` is the whole object's.
             etag: read it only if it is still this version (`ObjectInfo.etag`), where the store
                 has ``capabilities.if_match``.
 
@@ -489,6 +496,22 @@ def check_part(part: ByteRange) -> None:
             raise InvalidInputError(f"a range of bytes has whole numbers from 0 on, not {bound!r}")
     if part.start is None or (part.stop is not None and part.stop < part.start):
         raise InvalidInputError(f"a range of bytes that ends before it starts: {part}")
+
+
+def unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
+    """Return *info* if it is of the version that was asked for, as far as anybody knows.
+
+    Raises:
+        BlobChangedError: it is of another one.
+    """
+    if etag is not None and info.etag is not None and info.etag != etag:
+        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
+    return info
+
+
+async def no_bytes(_size: int) -> bytes:
+    """Read a chunk of an object, or a part, that has no bytes."""
+    return b""
 
 
 def named_stores(given: Store | Mapping[str, Store]) -> dict[str, Store]:

@@ -30,8 +30,10 @@ from urllib.parse import unquote
 import obstore
 from obstore.exceptions import BaseError
 
+from .._sources import PART_BYTES
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
+    BlobChangedError,
     InvalidInputError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -41,7 +43,6 @@ from ..errors import (
 from ._base import (
     COPY_SECONDS,
     MAX_BYTES_IN_FLIGHT,
-    PART_BYTES,
     SLOWEST_BYTES_PER_SECOND,
     ByteRange,
     Capabilities,
@@ -54,6 +55,7 @@ from ._base import (
     PutRequest,
     Runtime,
     WriteRequest,
+    check_part,
     owned_uris,
 )
 from ._metadata import decode_metadata
@@ -341,24 +343,16 @@ class ObstoreStore:
         """Read one object, or a part of it, chunk by chunk; leaving early ends the request.
 
         A connection that drops is taken up again by obstore, at the byte where it broke and only
-        if the object is still the same.
+        if the object is still the same. A part that begins at the object's end, or beyond it, or
+        has no length, is described by a HEAD and has no bytes.
 
         Raises:
+            InvalidInputError: no range; nothing was sent.
             BlobNotFoundError, BlobChangedError: raised on entering.
             StoreError: it could not be read; also while its chunks are read.
         """
-        key = self._key("get", uri)
-        options: dict[str, Any] = {}
-        if part is not None:
-            start, stop = part
-            options["range"] = {"offset": start} if stop is None else (start, stop)
-        if etag is not None:
-            options["if_match"] = etag
-        with translating("get", uri):
-            answer = await obstore.get_async(self.client, key, options=options or None)  # type: ignore[arg-type]  # a TypedDict
-            chunks = Chunks(uri, answer.stream(STREAM_BYTES))
-        reader = ObjectReader(_info(uri, answer), chunks.read)
-        del answer  # the stream alone holds the connection
+        info, chunks = await self._open(uri, part, etag)
+        reader = ObjectReader(info, chunks.read)
         try:
             yield reader
         finally:
@@ -453,7 +447,9 @@ class ObstoreStore:
             async for each in listed:
                 yield each.uri
 
-    async def iter_objects(self, *, start_after: str = "") -> AsyncGenerator[ListedObject, None]:
+    async def iter_objects(
+        self, *, start_after: str = "", with_times: bool = False
+    ) -> AsyncGenerator[ListedObject, None]:
         """List the objects under the prefix that come after a URI, 1,000 per request.
 
         Files are listed by the directory and sorted, so that all their names are held at once.
@@ -462,7 +458,9 @@ class ObstoreStore:
             StoreError: the listing could not be read to its end; also for a key that obstore
                 cannot name (with ``//`` in it, such as other programs write).
         """
-        async with contextlib.aclosing(self._iter_pages(start_after)) as pages:
+        async with contextlib.aclosing(
+            self._iter_pages(start_after, with_times=with_times)
+        ) as pages:
             if self._backend.is_sorted:
                 async for page in pages:
                     for each in page:
@@ -472,7 +470,31 @@ class ObstoreStore:
         for each in sorted(collected, key=lambda listed: listed.uri.encode()):
             yield each
 
-    async def _iter_pages(self, start_after: str) -> AsyncGenerator[list[ListedObject], None]:
+    async def _open(
+        self, uri: str, part: ByteRange | None, etag: str | None
+    ) -> tuple[ObjectInfo, Chunks]:
+        if part is not None:
+            check_part(part)
+        if part is not None and part.start == part.stop:
+            return _unchanged(await self.head(uri), etag), Chunks(uri, None)
+        key, options = self._key("get", uri), _get_options(part, etag)
+        try:
+            with translating("get", uri):
+                answer = await obstore.get_async(self.client, key, options=options)  # type: ignore[arg-type]  # a TypedDict
+                return _unchanged(_info(uri, answer), etag), Chunks(
+                    uri, answer.stream(STREAM_BYTES)
+                )
+        except StoreError as exc:
+            if part is None or type(exc) is not StoreError:
+                raise
+            info = _unchanged(await self.head(uri), etag)
+            if part.start < info.size:
+                raise
+            return info, Chunks(uri, None)
+
+    async def _iter_pages(
+        self, start_after: str, *, with_times: bool
+    ) -> AsyncGenerator[list[ListedObject], None]:
         root, base = root_uri(self._bucket, self._prefix), f"s3://{self._bucket}/"
         first = start_after.encode()
         offset = start_after.removeprefix(base) or None
@@ -486,7 +508,14 @@ class ObstoreStore:
                     page = await anext(pages)
                 except StopAsyncIteration:
                     return
-            listed = [ListedObject(base + each["path"], each["size"]) for each in page]
+            listed = [
+                ListedObject(
+                    base + each["path"],
+                    each["size"],
+                    each["last_modified"] if with_times else None,
+                )
+                for each in page
+            ]
             # a backend may filter by names that it has normalized
             yield [each for each in listed if each.uri.encode() > first]
 
@@ -652,6 +681,21 @@ def open_obstore(
         drain_seconds=drain_seconds,
         max_bytes_in_flight=max_bytes_in_flight,
     )
+
+
+def _get_options(part: ByteRange | None, etag: str | None) -> dict[str, Any] | None:
+    options: dict[str, Any] = {}
+    if part is not None and part != (0, None):
+        options["range"] = {"offset": part.start} if part.stop is None else tuple(part)
+    if etag is not None and not etag.startswith("W/"):  # a weak one never matches
+        options["if_match"] = etag
+    return options or None
+
+
+def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
+    if etag is not None and info.etag is not None and info.etag != etag:
+        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
+    return info
 
 
 def _info(uri: str, answer: Any) -> ObjectInfo:

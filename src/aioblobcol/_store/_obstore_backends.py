@@ -16,9 +16,9 @@ from urllib.request import url2pathname
 
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
-from .._sources import MAX_PUT_BYTES
+from .._sources import PART_BYTES
 from ..errors import InvalidInputError
-from ._base import PART_BYTES, SLOWEST_BYTES_PER_SECOND
+from ._base import SLOWEST_BYTES_PER_SECOND
 
 ATTEMPTS: Final = 3
 ANSWER_SECONDS: Final = 30
@@ -118,7 +118,7 @@ def remote(
 ) -> Backend:
     """Send requests to S3 (or a compatible server), Google Cloud Storage or Azure."""
     options = dict(config)
-    client_options = _client_options(request_seconds) | dict(http.client_options or {})
+    client_options = _client_options() | dict(http.client_options or {})
     if parts.scheme == "s3":
         endpoint = _endpoint(config)
         if endpoint.startswith("http:"):
@@ -151,13 +151,13 @@ def _endpoint(config: Mapping[str, Any]) -> str:
     return next((os.environ[name] for name in _ENDPOINT_VARIABLES if os.environ.get(name)), "")
 
 
-def _client_options(request_seconds: float) -> dict[str, Any]:
-    longest = request_seconds + MAX_PUT_BYTES / SLOWEST_BYTES_PER_SECOND
+def _client_options() -> dict[str, Any]:
     part = ANSWER_SECONDS + PART_BYTES / SLOWEST_BYTES_PER_SECOND
     return {
         "connect_timeout": timedelta(seconds=5),
-        # of a whole request with its body, which may be read slowly: what waits is bounded here
-        "timeout": timedelta(seconds=longest),
+        # Of a whole request with its body, which may be read as slowly as a handler's client does;
+        # whoever waits for a request here has a time limit.
+        "timeout": timedelta(days=1),
         "read_timeout": timedelta(seconds=part),  # it runs while a part's body is sent
         "user_agent": f"aioblobcol/{version('aioblobcol')}",
     }

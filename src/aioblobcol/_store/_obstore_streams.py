@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import obstore
 
+from .._sources import PART_BYTES
 from .._tasks import run_to_end
 from ..errors import InvalidInputError, StoreError
-from ._base import COPY_SECONDS, PART_BYTES, SLOWEST_BYTES_PER_SECOND
+from ._base import COPY_SECONDS, SLOWEST_BYTES_PER_SECOND
 from ._obstore_errors import translating
 
 if TYPE_CHECKING:
@@ -180,9 +181,7 @@ class Chunks:
 
 def _chunk_bytes(size: int | None) -> int:
     """Return how large parts are; of an unknown size, such that it may have 78 GiB."""
-    if size is None:
-        return PART_BYTES
-    mebibytes = -(-size // (MAX_PARTS * 2**20))
+    mebibytes = -(-(size or 0) // (MAX_PARTS * 2**20))
     return max(PART_BYTES, mebibytes * 2**20)
 
 

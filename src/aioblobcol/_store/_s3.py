@@ -20,11 +20,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiobotocore.config import AioConfig
-from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
 from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
+from .._tasks import run_in_thread
 from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
     BlobChangedError,
@@ -49,11 +49,14 @@ from ._base import (
     Runtime,
     WriteRequest,
     check_part,
+    no_bytes,
     owned_uris,
+    unchanged,
 )
-from ._body import SLICE_BYTES, Body
+from ._body import Body
 from ._errors import from_answer, translating, was_retried
 from ._metadata import decode_metadata
+from ._models import new_session
 from ._presign import content_disposition, expiry_seconds
 from ._s3_writer import S3Writer, abort
 
@@ -69,8 +72,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from aiobotocore.session import AioSession
+
 KEYS_PER_REQUEST: Final = 1000
 """Source: Amazon S3 API Reference, DeleteObjects (keys per request)."""
+
+SMALL_BODY_BYTES: Final = 64 * 1024
+"""Up to here a body is handed to the socket at once: aiohttp sends files in pieces of this size."""
 
 DELETE_ROUNDS: Final = 3
 PARALLEL_DELETES: Final = 16
@@ -204,7 +212,7 @@ class S3Store:
         self._stack = stack = contextlib.AsyncExitStack()
         try:
             with translating("open", root_uri(self._bucket, self._prefix)):
-                self._client = await self._open_client(stack)
+                self._client = await run_in_thread(lambda: self._open_client(stack))
         except BaseException as exc:
             self._stack = None
             await stack.aclose()
@@ -442,7 +450,7 @@ class S3Store:
         answer = await self._get_part(uri, part, etag)
         if answer is None:
             assert part is not None
-            yield ObjectReader(_without(part, _unchanged(await self.head(uri), etag)), _nothing)
+            yield ObjectReader(_without(part, unchanged(await self.head(uri), etag)), no_bytes)
             return
         async with answer["Body"] as body:
 
@@ -452,7 +460,7 @@ class S3Store:
                 return chunk
 
             reader = _reader(uri, answer, part, read_chunk)
-            _unchanged(reader.info, etag)
+            unchanged(reader.info, etag)
             try:
                 yield reader
             finally:
@@ -596,15 +604,20 @@ class S3Store:
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     async def _open_client(self, stack: contextlib.AsyncExitStack) -> Any:
+        """Make the client; takes 100 ms of CPU, so that `run_in_thread` runs it.
+
+        aiohttp's session, which does belong to a loop, is made with the first request.
+        """
         assert self._compat is not None
+        session = new_session()
         given = str(self._client_arguments.get("endpoint_url", "https:"))
         sign_payload = not given.startswith("https:")
-        context = self._new_client(self._compat, sign_payload=sign_payload)
+        context = self._new_client(session, self._compat, sign_payload=sign_payload)
         client = await stack.enter_async_context(context)
         if not sign_payload and not client.meta.endpoint_url.startswith("https:"):
             # the environment or a profile names an http endpoint, where nothing else protects
             # a body: only the client could tell
-            context = self._new_client(self._compat, sign_payload=True)
+            context = self._new_client(session, self._compat, sign_payload=True)
             client = await stack.enter_async_context(context)
         client.meta.events.register_last("before-call.s3", _no_expect)
         client.meta.events.register_first("choose-signer.s3.GetObject", _presign_with_v4)
@@ -613,15 +626,15 @@ class S3Store:
             client.meta.events.register_last("before-call.s3.DeleteObjects", _content_md5)
         return client
 
-    def _new_client(self, compat: Compat, *, sign_payload: bool) -> Any:
+    def _new_client(self, session: AioSession, compat: Compat, *, sign_payload: bool) -> Any:
         config = _tuned_config(compat, sign_payload=sign_payload)
         if self._config is not None:
             config = config.merge(self._config)
         arguments = {"region_name": compat.region_name, **self._client_arguments}
-        return get_session().create_client("s3", **arguments, config=config)
+        return session.create_client("s3", **arguments, config=config)
 
     def _put_arguments(self, request: PutRequest) -> dict[str, Any]:
-        bucket, key = split_s3_uri(request.uri)
+        bucket, _, key = request.uri.removeprefix("s3://").partition("/")  # we have made it
         return {
             **request.arguments,
             "Bucket": bucket,
@@ -756,7 +769,9 @@ def open_store(
     """Describe a store; does no I/O, so it may stand at module level.
 
     ``async with store:`` opens a tuned client: a pool of 64 connections, no
-    ``Expect: 100-continue`` round trip, our own checksum of each body, three attempts.
+    ``Expect: 100-continue`` round trip, our own checksum of each body, three attempts. It is
+    made in a thread, which takes a tenth of a second: enter the store once per process, when
+    the application starts, and not for each request.
 
     Args:
         bucket: the bucket's name; it must exist.
@@ -817,7 +832,6 @@ def _tuned_config(compat: Compat, *, sign_payload: bool) -> AioConfig:
             "addressing_style": compat.addressing_style,
             **({} if sign_payload else {"payload_signing_enabled": False}),
         },
-        warm_up_loader_caches=True,  # reads the service model in a thread
     )
 
 
@@ -869,16 +883,6 @@ def _without(part: ByteRange, info: ObjectInfo) -> ObjectInfo:
     if part.start < info.size and part.start != part.stop:
         raise BlobChangedError("get", info.uri, f"it had no {part}, and has {info.size} bytes now")
     return info
-
-
-def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
-    if etag is not None and info.etag is not None and info.etag != etag:
-        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
-    return info
-
-
-async def _nothing(_size: int) -> bytes:
-    return b""
 
 
 def _cut(
@@ -942,8 +946,12 @@ def _in_utc(moment: datetime | None) -> datetime | None:
     return None if moment is None else moment.astimezone(timezone.utc)
 
 
-def _body_of(payload: Payload) -> bytes | Body:
-    return payload.body if payload.size <= SLICE_BYTES else Body([payload.body], payload.size)
+def _body_of(payload: Payload) -> bytearray | Body:
+    # botocore wraps bytes into a file, and what it and aiohttp do for files costs 6 % of a request.
+    # Larger bodies are worth it: they are sent piece by piece, and are not there twice.
+    if payload.size <= SMALL_BODY_BYTES:
+        return bytearray(payload.body)
+    return Body([payload.body], payload.size)
 
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)")

@@ -60,8 +60,9 @@ class Namers:
     def refusal(self) -> str | None:
         """Say why the object is not deleted by hand; None if nobody names it."""
         if self.columns:
+            verb = "names" if len(self.columns) == 1 else "name"
             names = " and ".join(sorted(self.columns))
-            return f"{names} names it; change or delete the row instead"
+            return f"{names} {verb} it; change or delete the row instead"
         if self.state == "staged":
             return "the journal lists it as staged: its transaction may be under way"
         if self.state is not None:

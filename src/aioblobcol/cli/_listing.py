@@ -57,8 +57,23 @@ def emit(line: str) -> None:
     Raises:
         ReaderGoneError: nobody reads it any more.
     """
+    if sys.stdout is None:
+        raise ReaderGoneError
     try:
         sys.stdout.write(f"{line}\n")
+    except BrokenPipeError as exc:
+        raise ReaderGoneError from exc
+
+
+def flush() -> None:
+    """Have everything printed.
+
+    Raises:
+        ReaderGoneError: nobody reads it any more.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError as exc:
         raise ReaderGoneError from exc
 

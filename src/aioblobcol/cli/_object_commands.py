@@ -6,8 +6,10 @@ nor deleted. Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -21,7 +23,7 @@ from .._tasks import run_to_end
 from ..errors import BlobNotFoundError, StoreAccessError
 from ._bars import shown, transfer_bar
 from ._guarding import Candidate, Removal, check_may_put
-from ._listing import emit, list_objects
+from ._listing import emit, flush, list_objects
 from ._moving import (
     STANDARD,
     ReaderGoneError,
@@ -185,7 +187,6 @@ def list_prefix(
     Counts go to stderr at the end.
     """
     place = _place(app_name, bucket, endpoint_url, region, compat)
-    print_anything()
     with _telling("ls"):
         count, total = run_in_loop(_list(Places(place), prefix, as_json=as_json))
     _tell(f"{count:,} objects, {total:,} bytes", quiet=quiet)
@@ -202,6 +203,7 @@ def remove(
         float,
         typer.Option(
             min=0,
+            max=1_000_000,
             help="With an application: younger objects are kept, for their transactions may be "
             "under way. Trusts this machine's clock.",
         ),
@@ -222,7 +224,6 @@ def remove(
     not be deleted.
     """
     place = _place(app_name, bucket, endpoint_url, region, compat)
-    print_anything()
     with _telling("rm"):
         found = list(dict.fromkeys(place.uri(each, "URI") for each in uris))
         work = _remove(Places(place), found, really=delete, min_age=timedelta(hours=min_age_hours))
@@ -274,35 +275,51 @@ async def _put(
     overwrite: bool,
     quiet: bool,
 ) -> int:
-    async with places:
-        store = await places.store_of(uri)
-        await check_may_put(places, store, uri)
-        if not overwrite:
-            try:
-                await store.head(uri)
-            except BlobNotFoundError:
-                pass
-            except StoreAccessError as exc:
-                raise CannotRunError(
-                    f"it cannot be told whether {uri} is there already: {exc.code}. --overwrite "
-                    "does not ask"
-                ) from exc
-            else:
-                raise UsageError("URI", f"{uri} is there already; --overwrite replaces it")
-        with transfer_bar(source.name, is_quiet=quiet) as move:
-            return await upload(store, uri, source, arguments=arguments, on_progress=move)
+    with _ending_in_order():
+        async with places:
+            return await _put_to(places, uri, source, arguments, overwrite=overwrite, quiet=quiet)
+
+
+async def _put_to(
+    places: Places,
+    uri: str,
+    source: Source,
+    arguments: dict[str, Any],
+    *,
+    overwrite: bool,
+    quiet: bool,
+) -> int:
+    store = await places.store_of(uri)
+    await check_may_put(places, store, uri)
+    if not overwrite:
+        try:
+            await store.head(uri)
+        except BlobNotFoundError:
+            pass
+        except StoreAccessError as exc:
+            raise CannotRunError(
+                f"it cannot be told whether {uri} is there already: {exc.code}. --overwrite "
+                "does not ask"
+            ) from exc
+        else:
+            raise UsageError("URI", f"{uri} is there already; --overwrite replaces it")
+    with transfer_bar(source.name, is_quiet=quiet) as move:
+        return await upload(store, uri, source, arguments=arguments, on_progress=move)
 
 
 async def _get(
     places: Places, uri: str, target: Path, descriptor: int | None, *, quiet: bool
 ) -> int:
-    async with places:
-        store = await places.store_of(uri)
-        hides = descriptor is not None and os.isatty(descriptor)  # they would share the terminal
-        with transfer_bar(uri.rpartition("/")[2], is_quiet=quiet or hides) as move:
-            if descriptor is not None:
-                return await copy_out(store, uri, descriptor, on_progress=move)
-            return await download(store, uri, target, on_progress=move)
+    with _ending_in_order():
+        async with places:
+            store = await places.store_of(uri)
+            hides = descriptor is not None and os.isatty(
+                descriptor
+            )  # they would share the terminal
+            with transfer_bar(uri.rpartition("/")[2], is_quiet=quiet or hides) as move:
+                if descriptor is not None:
+                    return await copy_out(store, uri, descriptor, on_progress=move)
+                return await download(store, uri, target, on_progress=move)
 
 
 async def _list(places: Places, prefix: str | None, *, as_json: bool) -> tuple[int, int]:
@@ -364,6 +381,34 @@ async def _presign(places: Places, uri: str, expires_in: timedelta, download_as:
         return await store.presign(uri, expires_in=expires_in, download_as=download_as)
 
 
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Have SIGTERM end the transfer as Ctrl-C does, or parts of an upload would be left.
+
+    Raises:
+        CannotRunError: it came.
+    """
+    loop, task, was_told = asyncio.get_running_loop(), asyncio.current_task(), False
+    assert task is not None
+
+    def end() -> None:
+        nonlocal was_told
+        was_told = True
+        task.cancel()
+
+    with contextlib.suppress(NotImplementedError):  # Windows
+        loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        yield
+    except asyncio.CancelledError as exc:
+        if not was_told:
+            raise
+        raise CannotRunError("ended by SIGTERM") from exc
+    finally:
+        with contextlib.suppress(NotImplementedError):
+            loop.remove_signal_handler(signal.SIGTERM)
+
+
 # --- what they have in common
 
 
@@ -386,13 +431,11 @@ def _place(
 @contextlib.contextmanager
 def _telling(command: str) -> Iterator[None]:
     """Turn trouble into a line and an exit code; end quietly when nobody reads any more."""
+    print_anything()
     with explaining(command):
         try:
             yield
-            try:
-                sys.stdout.flush()
-            except BrokenPipeError as exc:
-                raise ReaderGoneError from exc
+            flush()
         except BlobNotFoundError as exc:  # its advice is for programs
             raise CannotRunError(f"cannot {exc.operation} {exc.uri}: {exc.code}") from exc
         except ReaderGoneError as exc:
@@ -402,9 +445,10 @@ def _telling(command: str) -> Iterator[None]:
 
 def _forget_stdout() -> None:
     """Have Python, which writes what is left of its buffers at its end, write it nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    if sys.stdout is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -445,6 +489,8 @@ def _target(uri: str, file: str | None, *, overwrite: bool) -> Path:
     path = path.resolve()  # what a link leads to is replaced, and not the link
     if path.is_dir():
         raise UsageError("FILE", f"{shown(str(path))} is a directory")
+    if not path.parent.is_dir():
+        raise UsageError("FILE", f"there is no directory {shown(str(path.parent))}")
     if path.is_file() and not overwrite:
         raise UsageError("FILE", f"{shown(str(path))} is there already; --overwrite replaces it")
     return path

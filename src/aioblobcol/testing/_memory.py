@@ -126,7 +126,6 @@ class MemoryStore:
         whole_checksum=True,
         put_arguments=True,
         if_match=True,
-        presigned_get=True,
         uploads=True,
     )
 
@@ -424,6 +423,8 @@ class MemoryStore:
     async def _complete(self, writer: MemoryWriter, crc32: int) -> None:
         request = writer.request
         self._note("complete", [request.uri])
+        if writer.upload_id not in self.uploads:
+            raise BlobNotFoundError("put", request.uri, "NoSuchUpload")
         if zlib.crc32(writer.body) != crc32:
             raise StoreError("put", request.uri, "BadDigest")
         stored = StoredObject(writer.body, dict(request.metadata), dict(request.arguments))
