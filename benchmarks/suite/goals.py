@@ -198,7 +198,7 @@ def _requests(judge: Judge) -> Iterator[Goal]:
         "a failed commit": ("fail-8", {**puts, "DeleteObjects": 1}),
     }
     for what, (group, expected) in wanted.items():
-        for name in (EXPLICIT, MANAGED):
+        for name in (EXPLICIT, MANAGED, OBSTORE_EXPLICIT):
             found = judge.requests(group, name)
             yield Goal(
                 "3",

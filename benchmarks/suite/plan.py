@@ -204,6 +204,7 @@ GROUPS: Final = (
         (
             Contender("aioblobcol, explicit", "own:explicit_fail"),
             Contender("aioblobcol, managed", "own:managed_fail"),
+            Contender("aioblobcol on obstore, explicit", "own:obstore_explicit_fail"),
         ),
         latency_ms=20,
         columns=8,

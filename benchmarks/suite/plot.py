@@ -35,7 +35,7 @@ LEFT_OUT: Final = ("aioblobcol, a quarter of the size",)
 
 
 def draw(results: Results, path: Path, *, machine: str) -> None:
-    """Write the picture as PNG.
+    """Write the picture as PNG; nothing if none of its groups ran.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -44,6 +44,8 @@ def draw(results: Results, path: Path, *, machine: str) -> None:
     matplotlib.use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     panels = [panel for panel in PANELS if panel[0] in results]
+    if not panels:
+        return
     figure, axes = pyplot.subplots(
         (len(panels) + 1) // 2, 2, figsize=(11, 3.3 * ((len(panels) + 1) // 2)), squeeze=False
     )

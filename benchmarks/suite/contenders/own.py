@@ -165,6 +165,11 @@ def obstore_explicit_update(place: Place) -> Any:
     return explicit_update(place, on_obstore)
 
 
+def obstore_explicit_fail(place: Place) -> Any:
+    """Create a row whose commit fails."""
+    return explicit_fail(place, on_obstore)
+
+
 # managed
 
 
