@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -53,8 +54,9 @@ def draw(results: Results, path: Path, *, machine: str) -> None:
         axis.set_axis_off()
     for axis, (group, title, value, form) in zip(axes.flat, panels, strict=False):
         _draw_panel(axis, title, _values(results[group], value), form)
-    figure.text(0.01, 0.005, machine, fontsize=FONT_SIZE - 2, color="#555555")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    about = textwrap.fill(machine, 190)
+    figure.text(0.01, 0.005, about, fontsize=FONT_SIZE - 2, color="#555555")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -68,7 +70,8 @@ def _values(contenders: Mapping[str, Result], value: Callable[[Result], float]) 
 
 
 def _draw_panel(axis: Any, title: str, values: Mapping[str, float], form: str) -> None:
-    names = sorted(values, key=lambda name: -values[name])
+    is_more_better = title.endswith("MiB/s")
+    names = sorted(values, key=lambda name: values[name], reverse=not is_more_better)  # best on top
     colours = [OWN_COLOUR if name.startswith("aioblobcol") else PEER_COLOUR for name in names]
     bars = axis.barh(names, [values[name] for name in names], color=colours)
     axis.bar_label(bars, fmt=f"%{form}", padding=3, fontsize=FONT_SIZE)
