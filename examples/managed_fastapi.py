@@ -30,6 +30,7 @@ from aioblobcol import (
     BlobUploadError,
     CommitOutcomeUnknown,
     ContentTypeRefusedError,
+    InvalidInputError,
     blob_sessionmaker,
     open_store,
     upload_blobs,
@@ -187,7 +188,7 @@ ANSWERS: dict[type[Exception], tuple[int, str]] = {
     IntegrityError: (409, "there is such a page already"),
     # another request deleted the row meanwhile
     StaleDataError: (409, "the page was deleted meanwhile"),
-    # the column does not take it; nothing was sent
+    # the column does not take it; nothing was kept
     BlobTooLargeError: (413, "this file is too large"),
     ContentTypeRefusedError: (415, "this kind of file is not taken"),
     # S3 did not take an object, so the row was never written
@@ -201,7 +202,9 @@ ANSWERS: dict[type[Exception], tuple[int, str]] = {
 
 async def answer(_request: Request, error: Exception) -> Response:
     """Tell the client what it can do; the URIs are nobody else's business."""
-    status, detail = ANSWERS[type(error)]
+    if isinstance(error.__cause__, InvalidInputError):  # found out while it was uploaded
+        error = error.__cause__
+    status, detail = ANSWERS.get(type(error), (422, "this file cannot be taken"))
     return JSONResponse({"detail": detail}, status_code=status)
 
 

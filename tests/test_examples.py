@@ -33,8 +33,9 @@ from aioblobcol.testing import S3Server, assert_consistent
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG first"}
-SECOND = {"html": b"<p>second</p>", "image": b"\x89PNG second"}
+FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG\r\n\x1a\nfirst"}
+SECOND = {"html": b"<p>second</p>", "image": b"\x89PNG\r\n\x1a\nsecond"}
+PNG = FIRST["image"]
 CONTENT_TYPES = {"html": "text/html", "image": "image/png"}
 
 
@@ -272,7 +273,7 @@ class TestApplications:
     async def test_concurrent_updates(self, example: str, place: Place) -> None:
         """Of concurrent updates the row holds one's two columns, and no orphan stays."""
         app = load(example)
-        writers = [{"html": b"html %d" % n, "image": b"image %d" % n} for n in range(6)]
+        writers = [{"html": b"html %d" % n, "image": PNG + b"%d" % n} for n in range(6)]
         async with running(app) as client:
             await create(client)
             answers = await asyncio.gather(
@@ -423,9 +424,10 @@ class TestManaged:
         ("file", "status"),
         [
             (("a.exe", b"MZ", "application/x-msdownload"), 415),
+            (("a.png", b"<html>", "image/png"), 415),
             (("a.png", b"0" * (10 * 2**20 + 1), "image/png"), 413),
         ],
-        ids=["type", "size"],
+        ids=["type", "bytes", "size"],
     )
     async def test_what_the_column_refuses(
         self, place: Place, file: tuple[str, bytes, str], status: int

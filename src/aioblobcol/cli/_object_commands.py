@@ -396,7 +396,7 @@ def _ending_in_order() -> Iterator[None]:
         was_told = True
         task.cancel()
 
-    with contextlib.suppress(NotImplementedError):  # Windows
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows; another thread
         loop.add_signal_handler(signal.SIGTERM, end)
     try:
         yield
