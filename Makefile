@@ -12,7 +12,7 @@ COMPOSE_SCHEMA := vendor.compose-spec
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .PHONY: help demo test test-long lint lint-ruff lint-mypy lint-pyright lint-imports lint-compose \
-	bench build ci clean
+	bench bench-smoke bench-parts build ci clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) \
@@ -48,7 +48,29 @@ lint-imports: $(VENV)/installed-dev
 lint-compose: $(VENV)/installed-dev
 	$(BIN)/check-jsonschema --builtin-schema $(COMPOSE_SCHEMA) docker-compose.yml
 
-bench: $(VENV)/installed-test ## time creates and updates, managed columns and the journal
+# The peers have environments of their own: the tests and the linters run without them.
+BENCH := .venv-bench
+BENCH_AIOBOTO3 := .venv-bench-aioboto3
+RUN_BENCH := $(BENCH)/bin/python benchmarks/run.py \
+	--environment aioboto3=$(BENCH_AIOBOTO3)/bin/python
+
+bench: $(BENCH)/installed $(BENCH_AIOBOTO3)/installed ## compare with the peers and judge the goals
+	$(RUN_BENCH) --output benchmarks --plot docs/benchmark.png $(ARGS)
+
+bench-smoke: $(BENCH)/installed $(BENCH_AIOBOTO3)/installed ## show that the comparison works
+	$(RUN_BENCH) --smoke $(ARGS)
+
+$(BENCH)/installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check --editable ".[bench]"
+	@touch $@
+
+$(BENCH_AIOBOTO3)/installed:
+	$(PYTHON) -m venv $(BENCH_AIOBOTO3)
+	$(BENCH_AIOBOTO3)/bin/python -m pip install -qq --disable-pip-version-check "aioboto3>=15.5"
+	@touch $@
+
+bench-parts: $(VENV)/installed-test ## time managed columns and the journal by themselves
 	$(BIN)/python benchmarks/create_row.py $(ARGS)
 	$(BIN)/python benchmarks/managed_create.py
 	$(BIN)/python benchmarks/journal_triggers.py
@@ -63,7 +85,7 @@ ci: ## run what has to pass before a merge
 	bash .ci/run
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) .venv-ci-* dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(BENCH_AIOBOTO3) .venv-ci-* dist build .mypy_cache .pytest_cache .ruff_cache
 	rm -rf .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
