@@ -694,7 +694,7 @@ async def test_a_killed_process(s3: S3Server, database: Database, moment: str, k
     bucket = f"killed-{moment}-{database.name}"
     async with s3.open_store(bucket=bucket, prefix="docs") as store:
         await store.client.create_bucket(Bucket=bucket)
-        world = World(database, store)  # type: ignore[arg-type]
+        world = World(database, store)
         async with database.engine.begin() as connection:
             await connection.run_sync(world.Base.metadata.create_all)
         try:

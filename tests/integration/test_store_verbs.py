@@ -520,7 +520,9 @@ class TestListing:
         found = [each async for each in listed.iter_objects()]
 
         names = ("a", "b", "b/c", "é")
-        assert found == [(uri_in(listed, name), size) for size, name in enumerate(names)]
+        assert [each[:2] for each in found] == [
+            (uri_in(listed, name), size) for size, name in enumerate(names)
+        ]
 
     @pytest.mark.parametrize(
         ("after", "left"), [("b", ["b/c", "é"]), ("aa", ["b", "b/c", "é"]), ("é", [])]
@@ -565,7 +567,7 @@ class TestListing:
         found = [each async for each in s3_store.iter_objects()]
         page = await s3_store.client.list_objects_v2(Bucket=s3_store.bucket)
 
-        assert found == [(f"s3://{s3_store.bucket}/{odd}", 2)]
+        assert [each[:2] for each in found] == [(f"s3://{s3_store.bucket}/{odd}", 2)]
         assert answers[0] == {"Key", "Size"}
         assert answers[1] >= {"Key", "Size", "LastModified", "ETag", "StorageClass"}
         assert page["Contents"][0]["Key"] == odd
