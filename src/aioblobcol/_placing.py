@@ -167,13 +167,18 @@ class Placement:
             await opened.aclose()
             raise
 
+    @property
+    def _keeps_sha256(self) -> bool:
+        """Of a large object the row alone can: metadata is sent before the bytes are known."""
+        return self._type.format == "json"
+
     async def _open(self) -> Payload | PartReader:
         """Read what is small; of what is large, the first part."""
         source, label, limit = self.blob._source, self.attribute.label, self._type.max_bytes
         assert source is not None
         if isinstance(source, ReadOnce):
-            return await source.open(label, max_bytes=limit)
-        return await open_source(label, source, max_bytes=limit)
+            return await source.open(label, max_bytes=limit, with_sha256=self._keeps_sha256)
+        return await open_source(label, source, max_bytes=limit, with_sha256=self._keeps_sha256)
 
     async def _open_elsewhere(
         self, original: Blob
@@ -189,6 +194,7 @@ class Placement:
                 body,
                 max_bytes=self._type.max_bytes,
                 total=body.info.size,
+                with_sha256=self._keeps_sha256,
                 close=stack.pop_all().aclose,
             )
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -21,6 +22,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
+from ._crc32 import combine
 from ._sources import (
     HASH_INLINE_BYTES,
     MAX_OBJECT_BYTES,
@@ -79,27 +81,49 @@ def part_bytes(number: int, *, total: int | None, least: int = PART_BYTES) -> in
     return least + max(0, number - EQUAL_PARTS) * GROWTH_BYTES
 
 
-@dataclasses.dataclass(slots=True)
 class Hashes:
-    """What is known of the bytes that went by."""
+    """What is known of the bytes that went by.
 
-    with_md5: bool = False
-    size: int = 0
-    crc32: int = 0
-    sha256: Any = dataclasses.field(default_factory=hashlib.sha256)
-    md5: Any = dataclasses.field(default_factory=lambda: hashlib.md5(usedforsecurity=False))
+    Attributes:
+        size: of all of them.
+        crc32: of all of them.
+    """
+
+    def __init__(self, *, with_sha256: bool, with_md5: bool) -> None:
+        self.size = 0
+        self.crc32 = 0
+        self._sha256 = hashlib.sha256() if with_sha256 else None
+        self._md5 = hashlib.md5(usedforsecurity=False) if with_md5 else None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of all of them, in hexadecimal, if it was asked for."""
+        return None if self._sha256 is None else self._sha256.hexdigest()
+
+    @property
+    def md5(self) -> str | None:
+        """Of all of them, in hexadecimal, if it was asked for."""
+        return None if self._md5 is None else self._md5.hexdigest()
 
     def take(self, pieces: Sequence[bytes | memoryview]) -> int:
         """Hash the next *pieces*, and return the CRC32 of them alone."""
-        crc32 = 0
+        size = crc32 = 0
         for piece in pieces:
-            self.size += len(piece)
-            self.crc32 = zlib.crc32(piece, self.crc32)
+            size += len(piece)
             crc32 = zlib.crc32(piece, crc32)
-            self.sha256.update(piece)
-            if self.with_md5:
-                self.md5.update(piece)
+            for digest in filter(None, (self._sha256, self._md5)):
+                digest.update(piece)
+        self.crc32 = self._with(pieces, crc32, size)
+        self.size += size
         return crc32
+
+    def _with(self, pieces: Sequence[bytes | memoryview], crc32: int, size: int) -> int:
+        """Return the CRC32 of all and of *pieces*."""
+        if self.size == 0:
+            return crc32
+        if size == PART_BYTES:  # of other lengths the matrix costs more than another pass
+            return combine(self.crc32, crc32, size)
+        return functools.reduce(lambda so_far, piece: zlib.crc32(piece, so_far), pieces, self.crc32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +142,7 @@ class PartReader:
         column: its name stands in the errors.
         total: how many bytes there are, if that is known.
         head: the first bytes, once the first part was read.
-        on_end: told the SHA-256 of the whole when all parts were handed out.
+        on_end: told the SHA-256 of the whole, if it was asked for, when all parts were handed out.
     """
 
     def __init__(
@@ -129,6 +153,7 @@ class PartReader:
         max_bytes: int | None = None,
         total: int | None = None,
         is_declared: bool = False,
+        with_sha256: bool = True,
         with_md5: bool = False,
         close: Callable[[], Awaitable[None]] | None = None,
         least: int = PART_BYTES,
@@ -141,6 +166,7 @@ class PartReader:
             max_bytes: how much is taken.
             total: how many bytes there are, if that is known.
             is_declared: that many there must be.
+            with_sha256: compute the SHA-256 of a large source; of a small one it always is.
             with_md5: compute the MD5 too.
             close: called once, when no more is read.
             least: bytes of a part, see `part_bytes`.
@@ -148,11 +174,12 @@ class PartReader:
         self.column = column
         self.total = total
         self.head = b""
-        self.on_end: Callable[[str], None] | None = None
+        self.on_end: Callable[[str | None], None] | None = None
         self._puller = puller
         self._max_bytes = MAX_OBJECT_BYTES if max_bytes is None else max_bytes
         self._is_declared = is_declared
-        self._hashes = Hashes(with_md5)
+        self._hashes = Hashes(with_sha256=with_sha256, with_md5=with_md5)
+        self._with_md5 = with_md5
         self._close = close
         self._least = least
         self._number = 0
@@ -166,14 +193,14 @@ class PartReader:
         return self._hashes.size
 
     @property
-    def sha256(self) -> str:
-        """Of what was handed out so far, in hexadecimal."""
-        return str(self._hashes.sha256.hexdigest())
+    def sha256(self) -> str | None:
+        """Of what was handed out so far, in hexadecimal, if it was asked for."""
+        return self._hashes.sha256
 
     @property
     def md5(self) -> str | None:
         """Of what was handed out so far, in hexadecimal, if it was asked for."""
-        return str(self._hashes.md5.hexdigest()) if self._hashes.with_md5 else None
+        return self._hashes.md5
 
     @property
     def crc32(self) -> int:
@@ -275,12 +302,14 @@ class PartReader:
             self.on_end(self.sha256)
 
     def _whole(self, pieces: Pieces) -> Payload:
-        self._hashes.take(pieces)
+        self._hashes = hashes = Hashes(with_sha256=True, with_md5=self._with_md5)
+        hashes.take(pieces)
+        assert hashes.sha256 is not None
         return Payload(
             body=bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces),
-            md5=self.md5,
-            sha256=self.sha256,
-            crc32=self.crc32,
+            md5=hashes.md5,
+            sha256=hashes.sha256,
+            crc32=hashes.crc32,
         )
 
 
@@ -452,7 +481,12 @@ def size_of(source: object) -> int | None:
 
 
 async def open_path(
-    column: str, path: Path, *, max_bytes: int | None = None, with_md5: bool = False
+    column: str,
+    path: Path,
+    *,
+    max_bytes: int | None = None,
+    with_sha256: bool = True,
+    with_md5: bool = False,
 ) -> PartReader:
     """Return what reads a file, opened here and closed by the reader.
 
@@ -479,6 +513,7 @@ async def open_path(
         max_bytes=max_bytes,
         total=size,
         is_declared=True,
+        with_sha256=with_sha256,
         with_md5=with_md5,
         close=close,
     )
@@ -490,6 +525,7 @@ def iterable_reader(
     *,
     max_bytes: int | None,
     total: int | None,
+    with_sha256: bool,
     close: Callable[[], Awaitable[None]],
 ) -> PartReader:
     """Return what reads an async iterable whose size is known, closed by the reader."""
@@ -499,6 +535,7 @@ def iterable_reader(
         max_bytes=max_bytes,
         total=total,
         is_declared=total is not None,
+        with_sha256=with_sha256,
         close=close,
     )
 
@@ -508,9 +545,12 @@ async def open_source(
     source: Buffer | Path | BinaryFile | AsyncSource,
     *,
     max_bytes: int | None = None,
+    with_sha256: bool = True,
     with_md5: bool = False,
 ) -> Payload | PartReader:
     """Read a source of one part at most; open what is larger, with its first part read.
+
+    The SHA-256 of what is larger is computed only if it is asked for.
 
     Raises:
         InvalidSourceError: it cannot be read, or has too much.
@@ -522,12 +562,17 @@ async def open_source(
             return await read_payload(column, source, with_md5=with_md5, max_bytes=max_bytes)
         check_size(column, size, MAX_OBJECT_BYTES if max_bytes is None else max_bytes)
         reader = PartReader(
-            column, BufferPuller(source), total=size, is_declared=True, with_md5=with_md5
+            column,
+            BufferPuller(source),
+            total=size,
+            is_declared=True,
+            with_sha256=with_sha256,
+            with_md5=with_md5,
         )
     elif isinstance(source, Path):
-        reader = await open_path(column, source, max_bytes=max_bytes)
+        reader = await open_path(column, source, max_bytes=max_bytes, with_sha256=with_sha256)
     else:
-        return await ReadOnce(source).open(column, max_bytes=max_bytes)
+        return await ReadOnce(source).open(column, max_bytes=max_bytes, with_sha256=with_sha256)
     try:
         payload = await reader.read_small()
     except BaseException:
@@ -551,6 +596,7 @@ async def fingerprint(column: str, path: Path) -> Fingerprint:
             pass
     finally:
         await reader.aclose()
+    assert reader.sha256 is not None
     return Fingerprint(reader.size, reader.md5, reader.sha256)
 
 
@@ -584,7 +630,9 @@ class ReadOnce:
             raise TypeError("this upload was not read yet: pickle Blob(await upload.read())")
         return bytes, (self._body,)
 
-    async def open(self, column: str, *, max_bytes: int | None) -> Payload | PartReader:
+    async def open(
+        self, column: str, *, max_bytes: int | None, with_sha256: bool = True
+    ) -> Payload | PartReader:
         """Read the first part; return the whole if it is all, else what reads the rest.
 
         Raises:
@@ -601,6 +649,7 @@ class ReadOnce:
                 max_bytes=max_bytes,
                 total=self.size,
                 is_declared=self._size is not None,
+                with_sha256=with_sha256,
                 close=self._give_back,
             )
             self._is_read = True

@@ -703,13 +703,14 @@ class _Plan:
     async def _prepare(self) -> Request:
         if isinstance(self.known, Payload):
             return self.as_put
-        opened = await open_source(self.call.column, self.call.binary)
+        is_file = isinstance(self.call.binary, Path)  # which may be written to meanwhile
+        opened = await open_source(self.call.column, self.call.binary, with_sha256=is_file)
         if isinstance(opened, Payload):
             self._check_unchanged(opened.sha256)
             return dataclasses.replace(self, known=opened).as_put
         try:
             request = self.as_put
-            opened.on_end = self._check_unchanged
+            opened.on_end = self._check_unchanged if is_file else None
             return LargeRequest(
                 WriteRequest(
                     request.column, self.uri, request.metadata, self.arguments, opened.total
@@ -720,7 +721,7 @@ class _Plan:
             await opened.aclose()
             raise
 
-    def _check_unchanged(self, sha256: str) -> None:
+    def _check_unchanged(self, sha256: str | None) -> None:
         """Refuse a file that was written to since its key was made of it."""
         if self.known is not None and self.known.sha256 != sha256:
             raise InvalidSourceError(
