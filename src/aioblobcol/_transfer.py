@@ -221,6 +221,8 @@ async def delete_everywhere(uris: Mapping[str, Store]) -> DeleteReport:
 
 async def head_all(store: Store, uris: Collection[str]) -> dict[str, ObjectInfo]:
     """HEAD all *uris* at once; those without a usable answer are left out."""
+    if not uris:
+        return {}
 
     async def head(uri: str) -> ObjectInfo | None:
         try:

@@ -11,6 +11,7 @@ which servers that map keys to files inherit.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -118,6 +119,12 @@ def normalize_s3_prefix(prefix: str) -> str:
     """
     if not isinstance(prefix, str):
         raise InvalidPrefixError(f"a prefix is a string, not {type(prefix).__name__}")
+    return _normalized_prefix(prefix)
+
+
+@functools.lru_cache(maxsize=256)
+def _normalized_prefix(prefix: str) -> str:
+    """Return a prefix as it stands in keys: those of an application are few."""
     stripped = prefix.strip("/")
     if not stripped:
         return ""

@@ -425,7 +425,7 @@ async def put_row(
         for call, each in zip(api_calls, known, strict=True)
     ]
     for each in planned:
-        store.check_put(each.as_put)
+        store.check_put(each.request)
     old = [call.old_s3_uri for call in api_calls if call.old_s3_uri] if skip_unchanged else []
     found = await head_all(store, old)
     results: list[PutS3BackedColumnResult] = []
@@ -662,21 +662,14 @@ class _Plan:
 
     store: Store
     call: PutS3ApiCall
-    uri: str
     metadata: Mapping[str, str]
-    arguments: Mapping[str, Any]
     known: Payload | Fingerprint | None
+    request: PutRequest
 
     @property
-    def as_put(self) -> PutRequest:
-        """The request, if it is one PUT, with its bytes if they are here."""
-        payload = self.known if isinstance(self.known, Payload) else _NO_PAYLOAD
-        metadata = self.metadata
-        if self.known is not None:
-            metadata = {**metadata, "sha256": self.known.sha256}
-        return PutRequest(
-            self.call.column, self.uri, payload, encode_metadata(metadata), self.arguments
-        )
+    def uri(self) -> str:
+        """The new object."""
+        return self.request.uri
 
     def is_same_as(self, info: ObjectInfo) -> bool:
         """Tell whether an object has the same bytes."""
@@ -701,25 +694,22 @@ class _Plan:
         )
 
     async def _prepare(self) -> Request:
+        request = self.request
         if isinstance(self.known, Payload):
-            return self.as_put
+            return request
         is_file = isinstance(self.call.binary, Path)  # which may be written to meanwhile
         opened = await open_source(self.call.column, self.call.binary, with_sha256=is_file)
         if isinstance(opened, Payload):
             self._check_unchanged(opened.sha256)
-            return dataclasses.replace(self, known=opened).as_put
-        try:
-            request = self.as_put
-            opened.on_end = self._check_unchanged if is_file else None
-            return LargeRequest(
-                WriteRequest(
-                    request.column, self.uri, request.metadata, self.arguments, opened.total
-                ),
-                opened,
-            )
-        except BaseException:
-            await opened.aclose()
-            raise
+            metadata = encode_metadata({**self.metadata, "sha256": opened.sha256})
+            return dataclasses.replace(request, payload=opened, metadata=metadata)
+        opened.on_end = self._check_unchanged if is_file else None
+        return LargeRequest(
+            WriteRequest(
+                request.column, request.uri, request.metadata, request.arguments, opened.total
+            ),
+            opened,
+        )
 
     def _check_unchanged(self, sha256: str | None) -> None:
         """Refuse a file that was written to since its key was made of it."""
@@ -747,11 +737,17 @@ def _plan(
     )
     extra = dict(call.extra_put_object_kwargs or {})
     merged = {**metadata, **(extra.pop("Metadata", None) or {})}
-    uri = join_s3_uri(store.bucket, attempt_key(content))
+    request = PutRequest(
+        column=call.column,
+        uri=join_s3_uri(store.bucket, attempt_key(content)),
+        payload=known if isinstance(known, Payload) else _NO_PAYLOAD,
+        metadata=encode_metadata(merged if known is None else {**merged, "sha256": known.sha256}),
+        arguments=extra,
+    )
     if isinstance(known, Payload) and known.size > PART_BYTES:
         call = dataclasses.replace(call, binary=known.body)  # a copy, of what is mutable
         known = Fingerprint(known.size, known.md5, known.sha256)
-    return _Plan(store, call, uri, merged, extra, known)
+    return _Plan(store, call, merged, known, request)
 
 
 async def _known_bytes(

@@ -68,7 +68,6 @@ class S3Writer:
             self._arguments.setdefault("ChecksumAlgorithm", DEFAULT_CHECKSUM)
         self._own_checksum = checksum is not None and "ChecksumAlgorithm" not in self._arguments
         self._sent: dict[int, dict[str, Any]] = {}
-        self._on_the_wire = 0
         self._was_interrupted = False
         self._crc32: int | None = None
         self._size = 0
@@ -102,7 +101,6 @@ class S3Writer:
             StoreError: it could not be sent.
         """
         body = Body(part.pieces, part.size)
-        self._on_the_wire += 1
         try:
             with translating("put", self._request.uri):
                 answer = await self._client.upload_part(
@@ -124,8 +122,6 @@ class S3Writer:
         except BaseException:
             self._was_interrupted = True
             raise
-        finally:
-            self._on_the_wire -= 1
 
     def finish(self, crc32: int) -> None:
         """Say that all parts were written, and what the CRC32 of the whole is."""
