@@ -30,7 +30,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 from support.databases import Database, open_sqlite
 from support.library import Album, Doc, Library, Song, open_library
-from support.pages import README, ROOT, Block, Page, check_claims
+from support.pages import PNG, README, ROOT, Block, Page, check_claims
 from support.postgres_proxy import CutMode, postgres_proxy
 
 from aioblobcol import (
@@ -94,7 +94,7 @@ class Place:
 async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
     """Give the README's managed model on a SQLite file, with a store in memory."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "docs", "page": b"<p>", "picture": b"PNG", "url": "u"}
+    names: dict[str, Any] = {"__name__": "docs", "page": b"<p>", "picture": PNG, "url": "u"}
     await README.block("managed").execute(names)
     async with names["engine"].begin() as connection:
         await connection.run_sync(names["Base"].metadata.create_all)
@@ -183,7 +183,7 @@ class TestBlocks:
     @TRANSACTIONS.runs("swap")
     async def test_swap(self, block: Block, place: Place) -> None:
         """Copies are made by the server, and every cell has an object of its own."""
-        await place.add("a", html=b"1", image=b"PNG")
+        await place.add("a", html=b"1", image=PNG)
         await place.add("b", html=b"2")
         place.store.calls.clear()
         await place.run(block)
@@ -191,7 +191,7 @@ class TestBlocks:
         assert place.requests("copy") == 3
         assert await place.contents() == {
             "a": (b"2", None),
-            "b": (b"1", b"PNG"),
+            "b": (b"1", PNG),
             "c": (b"<p>", None),
             "d": (b"<p>", None),
         }

@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import mapped_column
 from support.databases import Database
 from support.journaled import World, open_world
-from support.pages import BUCKET, PREFIX, ROOT, Block, Page, Place, check_claims, open_place
+from support.pages import BUCKET, PNG, PREFIX, ROOT, Block, Page, Place, check_claims, open_place
 
 from aioblobcol import (
     Blob,
@@ -196,12 +196,12 @@ class TestSetUp:
         """Rows adopt their objects; `BlobApp` knows the journal, and sessions its stores."""
         assert block.language == "python"
         app = place.names["blobs"]
-        await place.add_managed("u", html=b"1", image=b"PNG")
+        await place.add_managed("u", html=b"1", image=PNG)
 
         assert isinstance(app, BlobApp)
         assert app.journal is place.names["journal"]
         assert await states(place) == {}
-        assert await place.contents() == {"u": (b"1", b"PNG")}
+        assert await place.contents() == {"u": (b"1", PNG)}
 
     @JOURNAL.runs("create-all")
     async def test_create_all(self, block: Block, place: Place) -> None:

@@ -39,6 +39,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from support.pages import (
     BUCKET,
+    PNG,
     PREFIX,
     README,
     ROOT,
@@ -70,7 +71,7 @@ from aioblobcol import (
     put_s3,
 )
 from aioblobcol._check import Check
-from aioblobcol._sources import MAX_PUT_BYTES
+from aioblobcol._sources import MAX_OBJECT_BYTES
 from aioblobcol._store._metadata import MAX_METADATA_BYTES
 from aioblobcol._store._s3 import COMPAT, KEYS_PER_REQUEST
 from aioblobcol._uri import MAX_COMPONENT_BYTES, MAX_KEY_BYTES
@@ -225,9 +226,9 @@ class TestHandlers:
         """The model's columns take URIs, and its store opens from the environment alone."""
         assert block.language == "python"
         async with s3_place.names["store"]:
-            await s3_place.add(html=b"<p>", image=b"PNG")
+            await s3_place.add(html=b"<p>", image=PNG)
 
-        assert await s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+        assert await s3_place.contents(bucket) == {"u": (b"<p>", PNG)}
 
     @README.runs("fastapi")
     async def test_fastapi(self, block: Block, bucket: S3Store, s3_place: Place) -> None:
@@ -313,25 +314,25 @@ class TestManaged:
         """The model's columns take blobs, and its store opens from the environment alone."""
         assert block.language == "python"
         async with managed_s3_place.names["store"]:
-            await managed_s3_place.add_managed("u", html=b"<p>", image=b"PNG")
+            await managed_s3_place.add_managed("u", html=b"<p>", image=PNG)
 
-        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", PNG)}
 
     @README.runs("managed-create")
     async def test_create(
         self, block: Block, bucket: S3Store, managed_s3_place: Place, tmp_path: Path
     ) -> None:
         """Two uploads and a row; and the bytes are read after the session was closed."""
-        (tmp_path / "cat.png").write_bytes(b"PNG")
+        (tmp_path / "cat.png").write_bytes(PNG)
         await managed_s3_place.run(block, url="u", page=b"<p>")
 
         assert managed_s3_place.names["data"] == b"<p>"
-        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+        assert await managed_s3_place.contents(bucket) == {"u": (b"<p>", PNG)}
 
     @README.runs("managed-replace")
     async def test_replace(self, block: Block, managed_place: Place) -> None:
         """One row has the new object only, the other one is gone with its objects."""
-        await managed_place.add_managed("u", "other", html=b"1", image=b"PNG")
+        await managed_place.add_managed("u", "other", html=b"1", image=PNG)
         await managed_place.run(block)
 
         assert await managed_place.contents() == {"u": (b"<p>", None)}
@@ -372,7 +373,7 @@ class TestManaged:
     async def test_bulk(self, block: Block, managed_place: Place) -> None:
         """Every row has an object of its own, and deleted rows leave none."""
         await managed_place.add_managed("u", "old/1", html=b"1")
-        await managed_place.add_managed("old/2", html=b"1", image=b"PNG")
+        await managed_place.add_managed("old/2", html=b"1", image=PNG)
         async with managed_place.session() as session:
             task = await session.get_one(managed_place.names["Task"], "old/2")
         await managed_place.run(block, task=task, names=["a", "b"])
@@ -381,7 +382,7 @@ class TestManaged:
             "u": (b"<p>", None),
             "a": (b"<p>", None),
             "b": (b"<p>", None),
-            "old/2": (b"1", b"PNG"),
+            "old/2": (b"1", PNG),
         }
 
     async def test_one_object_for_several_rows(self, managed_place: Place) -> None:
@@ -1083,11 +1084,11 @@ class TestMoreOfTheBlock:
     async def test_several_results(self, block: Block, place: Place, tmp_path: Path) -> None:
         """One block takes new rows and a deleted one, and results that were made before."""
         old = await place.add(html=b"1", image=b"i")
-        (tmp_path / "a.png").write_bytes(b"PNG")
+        (tmp_path / "a.png").write_bytes(PNG)
         await place.run(block, html=b"<p>", old=old)
 
         assert place.names["tx"].outcome is Outcome.COMMITTED
-        assert await place.contents() == {"a": (None, b"PNG"), "b": (b"<p>", None)}
+        assert await place.contents() == {"a": (None, PNG), "b": (b"<p>", None)}
 
     @README.runs("savepoints")
     async def test_savepoints(self, block: Block, place: Place) -> None:
@@ -1171,7 +1172,7 @@ class TestByHand:
             given = {
                 "AsyncSession": AsyncSession,
                 "html": b"<p>",
-                "image": b"PNG",
+                "image": PNG,
                 "s3_client": s3_client,
                 "url": "u",
                 "utc_now": datetime.now(timezone.utc),
@@ -1181,7 +1182,7 @@ class TestByHand:
                 await s3_place.run(new, **given)
             await drain(s3_client)
 
-        assert await s3_place.contents(bucket) == {"u": (b"<p>", b"PNG")}
+        assert await s3_place.contents(bucket) == {"u": (b"<p>", PNG)}
 
     @pytest.mark.parametrize(("pk", "is_kept"), [("dQ==", False), ("b3RoZXI=", True)])
     async def test_keys_of_sqlalchemy_mate(self, place: Place, pk: str, is_kept: bool) -> None:
@@ -1269,7 +1270,7 @@ class TestStore:
     def test_limits(self) -> None:
         """The table has the limits of the code."""
         assert {name: limit for name, limit, _ in README.table("Limit")} == {
-            "An object": f"{MAX_PUT_BYTES // 2**30} GiB",
+            "An object": f"{MAX_OBJECT_BYTES // 2**40} TiB",
             "A key": f"{MAX_KEY_BYTES:,} bytes",
             "A part of a key": f"{MAX_COMPONENT_BYTES} bytes",
             "Metadata of an object": f"{MAX_METADATA_BYTES // 1024} KiB",

@@ -24,7 +24,8 @@ from aioblobcol import (
 )
 from aioblobcol.testing import MemoryStore
 
-PNG = ("cät.png", b"cat", "image/png")
+CAT = b"\x89PNG\r\n\x1a\n"
+PNG = ("cät.png", CAT, "image/png")
 
 
 class Base(DeclarativeBase):
@@ -125,12 +126,12 @@ class TestUploads:
         """A field of a form model, an `UploadFile` and a `Blob` parameter end in a row."""
         answer = await client.post(url, data=fields, files={"scan": PNG})
 
-        scan = {"size": 3, "content_type": "image/png", "filename": "cät.png"}
+        scan = {"size": len(CAT), "content_type": "image/png", "filename": "cät.png"}
         assert (answer.status_code, answer.json()) == (200, {"name": "d", "scan": scan})
-        assert [each.body for each in memory_store.objects.values()] == [b"cat"]
+        assert [each.body for each in memory_store.objects.values()] == [CAT]
         assert (await client.get("/docs/d")).json() == answer.json()
         download = await client.get("/docs/d/scan")
-        assert (download.content, download.headers["content-type"]) == (b"cat", "image/png")
+        assert (download.content, download.headers["content-type"]) == (CAT, "image/png")
 
     async def test_may_be_left_out(
         self, client: httpx.AsyncClient, memory_store: MemoryStore

@@ -26,6 +26,7 @@ from aioblobcol.testing import MemoryStore, assert_consistent
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKET, PREFIX = "my-bucket", "tasks"  # as the README calls them
+PNG = b"\x89PNG\r\n\x1a\n"  # columns look at the first bytes
 
 
 @dataclasses.dataclass(frozen=True)
