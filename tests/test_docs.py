@@ -199,7 +199,7 @@ class TestBlocks:
     @TRANSACTIONS.runs("delete-again")
     async def test_delete_again(self, block: Block, place: Place) -> None:
         """The new row has a copy; the old objects are gone."""
-        await place.add("u", html=b"1", image=b"old")
+        await place.add("u", html=b"1", image=PNG)
         await place.run(block)
 
         assert place.requests("copy") == 1

@@ -33,8 +33,8 @@ from aioblobcol.testing import S3Server, assert_consistent
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG first"}
-SECOND = {"html": b"<p>second</p>", "image": b"\x89PNG second"}
+FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG\r\n\x1a\nfirst"}
+SECOND = {"html": b"<p>second</p>", "image": b"\x89PNG\r\n\x1a\nsecond"}
 CONTENT_TYPES = {"html": "text/html", "image": "image/png"}
 
 
