@@ -201,7 +201,9 @@ ANSWERS: dict[type[Exception], tuple[int, str]] = {
 
 async def answer(_request: Request, error: Exception) -> Response:
     """Tell the client what it can do; the URIs are nobody else's business."""
-    status, detail = ANSWERS[type(error)]
+    cause = error.__cause__  # what shows only when the bytes are read is the cause
+    refused = cause if isinstance(cause, (BlobTooLargeError, ContentTypeRefusedError)) else error
+    status, detail = ANSWERS[type(refused)]
     return JSONResponse({"detail": detail}, status_code=status)
 
 

@@ -272,7 +272,7 @@ class TestApplications:
     async def test_concurrent_updates(self, example: str, place: Place) -> None:
         """Of concurrent updates the row holds one's two columns, and no orphan stays."""
         app = load(example)
-        writers = [{"html": b"html %d" % n, "image": b"image %d" % n} for n in range(6)]
+        writers = [{"html": b"html %d" % n, "image": FIRST["image"] + b" %d" % n} for n in range(6)]
         async with running(app) as client:
             await create(client)
             answers = await asyncio.gather(
@@ -423,9 +423,10 @@ class TestManaged:
         ("file", "status"),
         [
             (("a.exe", b"MZ", "application/x-msdownload"), 415),
+            (("a.png", b"<html>", "image/png"), 415),
             (("a.png", b"0" * (10 * 2**20 + 1), "image/png"), 413),
         ],
-        ids=["type", "size"],
+        ids=["type", "bytes", "size"],
     )
     async def test_what_the_column_refuses(
         self, place: Place, file: tuple[str, bytes, str], status: int
