@@ -156,7 +156,8 @@ class TestUploads:
         path = tmp_path / "large"
         path.write_bytes(LARGE)
         uris = []
-        for key, source in {"bytes": LARGE, "path": path, "stream": large()}.items():
+        sources: dict[str, Any] = {"bytes": LARGE, "path": path, "stream": large()}
+        for key, source in sources.items():
             async with sessions() as session, blob_transaction(session) as tx:
                 result = await tx.put_s3(
                     api_calls=[PutS3ApiCall("uri", source, None)], pk=key, store=memory_store

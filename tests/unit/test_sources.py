@@ -21,6 +21,7 @@ from aioblobcol._sources import (
     HASH_INLINE_BYTES,
     MAX_OBJECT_BYTES,
     BlobSource,
+    Buffer,
     Payload,
     check_source,
     is_async_source,
@@ -31,7 +32,7 @@ from aioblobcol._sources import (
 from aioblobcol.errors import BlobTooLargeError, InvalidSourceError
 
 
-async def read(source: BlobSource) -> Payload:
+async def read(source: Buffer | Path) -> Payload:
     (payload,) = await read_payloads([("page", source)])
     return payload
 
@@ -107,7 +108,7 @@ class TestRead:
         "source",
         [b"page", bytearray(b"page"), memoryview(b"page"), memoryview(b"pXaXgXeX")[::2]],
     )
-    async def test_all_digests_are_of_the_same_bytes(self, source: BlobSource) -> None:
+    async def test_all_digests_are_of_the_same_bytes(self, source: Buffer | Path) -> None:
         """A payload holds the bytes with their MD5, SHA-256, CRC32 and length."""
         assert await read(source) == Payload(
             body=b"page",

@@ -226,7 +226,7 @@ class TestSources:
         path = tmp_path / "page"
         path.write_bytes(body)
         with path.open("rb") as file:
-            source = {"path": path, "open file": file}.get(kind) or SOURCES[kind](body)
+            source: Any = {"path": path, "open file": file}.get(kind) or SOURCES[kind](body)
             opened = await open_source("page", source)
             if isinstance(opened, Payload):
                 assert (opened.body, len(body) <= PART_BYTES) == (body, True)
