@@ -68,7 +68,7 @@ def part_bytes(number: int, *, total: int | None, least: int = PART_BYTES) -> in
 
     With a known total all parts are equal. Otherwise the first 1,000 have the least size, and each
     after that has 144 KiB more than the one before it: 8 GiB go in parts of 8 MiB, and 5 TiB end
-    with parts of 1.3 GiB, which is then what an upload holds in memory.
+    with parts of 1.2 GiB, which is then what an upload holds in memory.
 
     Args:
         number: of the part, from 1 on.

@@ -66,6 +66,7 @@ class Page(SQLModel, table=True):
     html: Blob | None = Field(default=None, sa_type=BlobType)
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
 COLUMNS: list[Any] = [Doc.scan, Doc.image, Doc.archived, Doc.private, Page.html]
 TABLES = [Doc.__table__, SQLModel.metadata.tables["factory_pages"]]
 
