@@ -479,6 +479,13 @@ class TestMemory:
             await connection.run_sync(Base.metadata.create_all)
         async with MemoryStore(max_bytes_in_flight=2 * PART_BYTES) as store:
             sessions = blob_sessionmaker(sqlite.engine, store)
+            both = asyncio.Barrier(2)
+
+            async def start_together(step: Step) -> None:
+                if step.operation == "create" and step.stage == "before":
+                    await both.wait()
+
+            store.hooks.append(start_together)
             async with asyncio.TaskGroup() as group:
                 for key in ("a", "b"):
                     group.create_task(save(sessions, key, body=Blob(iterated(*[LARGE] * 4))))
