@@ -656,6 +656,11 @@ async def fingerprint(column: str, path: Path) -> Fingerprint:
     return Fingerprint(reader.size, reader.md5, reader.sha256)
 
 
+_being_read: Final[set[int]] = set()
+"""Identities of sources. Of two readers of one each would get a part of its bytes, and neither
+would know."""
+
+
 class ReadOnce:
     """A source that is used up by reading it, and what is kept of it to read it again.
 
@@ -663,14 +668,14 @@ class ReadOnce:
     it can be rewound to where it stood. Copies of one blob share it.
     """
 
-    __slots__ = ("_body", "_is_read", "_is_used", "_lock", "_size", "_source", "_start")
+    __slots__ = ("_body", "_is_read", "_lock", "_seen", "_size", "_source", "_start")
 
     def __init__(self, source: BinaryFile | AsyncSource, *, size: int | None = None) -> None:
         self._source: Any = source
         self._size = size
         self._body: bytes | None = None
+        self._seen: int | None = None
         self._is_read = False
-        self._is_used = False
         self._start: int | None = None
         self._lock = asyncio.Lock()
 
@@ -679,7 +684,15 @@ class ReadOnce:
         """Length in bytes; before it is read, what was declared, or what the source itself says."""
         if self._body is not None:
             return len(self._body)
-        return size_of(self._source) if self._size is None else self._size
+        if self._size is not None:
+            return self._size
+        if self._is_being_read:  # to ask a file is to move it, under the thread that reads it
+            return self._seen
+        return size_of(self._source)
+
+    @property
+    def _is_being_read(self) -> bool:
+        return id(self._source) in _being_read
 
     def __reduce__(self) -> Any:
         if self._body is None:
@@ -698,49 +711,64 @@ class ReadOnce:
         async with self._lock:
             if self._body is not None:
                 return await read_payload(column, self._body, with_md5=False, max_bytes=max_bytes)
-            await self._rewind(column)
-            puller = self._puller(column)
-
-            async def close() -> None:
-                self._is_used = False
-                if isinstance(puller, AsyncPuller):
-                    await puller.aclose()
-
-            reader = PartReader(
-                column,
-                puller,
-                max_bytes=max_bytes,
-                total=self.size,
-                is_declared=self._size is not None,
-                with_sha256=with_sha256,
-                close=close,
-            )
-            self._is_read = True
+            self._check_may_read(column)
+            source = self._source
+            _being_read.add(id(source))
             try:
-                payload = await reader.read_small()
+                payload = await self._read(column, max_bytes=max_bytes, with_sha256=with_sha256)
             except BaseException:
-                await reader.aclose()
+                _being_read.discard(id(source))
                 raise
-            if payload is None:
-                self._is_used = True
-                return reader
-            self._body, self._source = payload.body, None
+            if isinstance(payload, Payload):
+                _being_read.discard(id(source))
+                self._body, self._source = payload.body, None
             return payload
 
-    async def _rewind(self, column: str) -> None:
-        if self._is_used:
+    async def _read(
+        self, column: str, *, max_bytes: int | None, with_sha256: bool
+    ) -> Payload | PartReader:
+        await self._rewind(column)
+        self._seen = size_of(self._source) if self._size is None else self._size
+        source, puller = self._source, self._puller(column)
+
+        async def close() -> None:
+            _being_read.discard(id(source))
+            if isinstance(puller, AsyncPuller):
+                await puller.aclose()
+
+        reader = PartReader(
+            column,
+            puller,
+            max_bytes=max_bytes,
+            total=self._seen,
+            is_declared=self._size is not None,
+            with_sha256=with_sha256,
+            close=close,
+        )
+        self._is_read = True
+        try:
+            payload = await reader.read_small()
+        except BaseException:
+            await reader.aclose()
+            raise
+        return reader if payload is None else payload
+
+    def _check_may_read(self, column: str) -> None:
+        if self._is_being_read:
             raise InvalidSourceError(
                 f"column {column!r}: this stream is being uploaded for another cell; commit that "
                 "one and assign blob.copy()"
             )
-        if not self._is_read:
-            self._start = _position_of(self._source)
-            return
-        if self._start is None:  # the rest of it must not pass for the whole
+        if self._is_read and self._start is None:  # the rest of it must not pass for the whole
             raise InvalidSourceError(
                 f"column {column!r}: this stream was read, at least in part, by an attempt that "
                 "failed, and cannot be rewound; make another Blob"
             )
+
+    async def _rewind(self, column: str) -> None:
+        if not self._is_read:
+            self._start = _position_of(self._source)
+            return
         with reading_from(column, self._source):
             if inspect.iscoroutinefunction(self._source.seek):
                 await self._source.seek(self._start)

@@ -467,6 +467,31 @@ class TestReadOnce:
 
         assert await read_all(source) == LARGE
 
+    async def test_one_file_of_two_blobs(self) -> None:
+        """Two readers would take each other's bytes: the second one is refused."""
+        file = io.BytesIO(LARGE)
+        first, second = ReadOnce(file), ReadOnce(file)
+        reader = await first.open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+        with pytest.raises(InvalidSourceError, match="for another cell"):
+            await second.open("page", max_bytes=None)
+        await reader.aclose()
+        file.seek(0)
+
+        assert await read_all(second) == LARGE
+
+    async def test_its_size_while_it_is_read(self) -> None:
+        """A file is not moved by the question how large it is: a thread may be reading it."""
+        file = io.BytesIO(LARGE)
+        source = ReadOnce(file)
+        reader = await source.open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+        file.seek = None  # type: ignore[method-assign,assignment]
+
+        assert source.size == len(LARGE)
+        assert ReadOnce(file).size is None
+        await reader.aclose()
+
     async def test_a_declared_size(self) -> None:
         """What is declared is compared."""
         with pytest.raises(SizeMismatchError):
