@@ -34,7 +34,7 @@ from aioblobcol.cli._commands import app as command_line
 from aioblobcol.cli._guarding import Removal
 from aioblobcol.cli._listing import objects_under
 from aioblobcol.cli._moving import Source, content_type_of, upload
-from aioblobcol.testing import MemoryStore, S3Server, StoredObject
+from aioblobcol.testing import MemoryStore, S3Server, Step, StoredObject
 
 ID = f"id={7:032x}"
 LARGE = bytes(range(256)) * (PART_BYTES // 256) + b"the second part"
@@ -352,6 +352,32 @@ class TestPut:
             await upload(memory_store, uri, source, arguments={}, on_progress=lambda *_: None)
 
         assert memory_store.objects == {}
+
+    async def test_memory_for_a_stream_without_end(
+        self, memory_store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where its parts have become large, fewer of them are in memory together."""
+        monkeypatch.setattr("aioblobcol._streams.EQUAL_PARTS", 1)
+        monkeypatch.setattr("aioblobcol._streams.GROWTH_BYTES", PART_BYTES)
+        monkeypatch.setattr("aioblobcol.cli._moving.HELD_BYTES", 2 * PART_BYTES)
+        on_the_wire: list[int] = [0]
+
+        async def count(step: Step) -> None:
+            if step.operation == "write":
+                change = {"before": 1, "after": -1}.get(step.stage, 0)
+                on_the_wire.append(on_the_wire[-1] + change)
+                await asyncio.sleep(0)
+
+        memory_store.hooks.append(count)
+        reader = asyncio.StreamReader(limit=8 * PART_BYTES)
+        reader.feed_data(bytes(6 * PART_BYTES))  # in parts of 1, 2 and 3
+        reader.feed_eof()
+        source = Source("file", AsyncPuller("file", reader, reader.read), None)
+        await upload(
+            memory_store, "s3://bucket/other", source, arguments={}, on_progress=lambda *_: None
+        )
+
+        assert on_the_wire == [0, 1, 0, 1, 0, 1, 0]
 
     @pytest.mark.parametrize("body", [b"small", LARGE])
     async def test_cancelled_at_any_await(self, body: bytes) -> None:

@@ -1,10 +1,11 @@
 """Large sources: read once, part by part, hashed off the event loop as they are read.
 
-A `PartReader` reads a source of any kind; the parts it makes are never joined. Invariants: no
-more is read than was asked for (of aiohttp's body parts a little more, which is kept); what limits
-a source (its column's ``max_bytes``, the size that was declared for it) is found out with the byte
-that breaks it, before that byte is sent; hashes are of the bytes in the order in which they were
-read.
+A `PartReader` reads a source of any kind; of the pieces of a part only small ones are joined.
+Invariants: no more is read than was asked for (of aiohttp's body parts a little more, which is
+kept); what limits a source (its column's ``max_bytes``, the size that was declared for it) is found
+out with the byte that breaks it, before that byte is sent; hashes are of the bytes in the order in
+which they were read; when a cancelled reading has ended, no thread moves a file that can be rewound
+any more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import inspect
 import io
+import logging
 import os
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -39,9 +41,12 @@ from ._sources import (
     is_binary_file,
     read_payload,
 )
+from ._tasks import wait_through
 from .errors import AioBlobColError, InvalidSourceError, SizeMismatchError
 
 T = TypeVar("T")
+
+logger = logging.getLogger("aioblobcol")
 
 MAX_PARTS: Final = 10_000
 """Source: Amazon S3 User Guide, "Amazon S3 multipart upload limits"."""
@@ -51,6 +56,9 @@ HEAD_BYTES: Final = 4096
 LEAST_CHUNK_BYTES: Final = 8192
 """aiohttp's ``BodyPartReader.read_chunk`` takes no size below that of the form's boundary (an
 assertion); this is its default."""
+SMALL_PIECE_BYTES: Final = 16 * 1024
+"""Smaller pieces are joined: objects of 16 bytes take five times what they hold."""
+JOINED_BYTES: Final = 64 * 1024
 _MIB: Final = 2**20
 
 Pieces = list[bytes | memoryview]
@@ -227,13 +235,13 @@ class PartReader:
         self._check_end()
         return payload
 
-    async def next_part(self) -> Part | None:
-        """Read and hash the next part; None at the end.
+    async def next_part(self, *, at_most: int = MAX_OBJECT_BYTES) -> Part | None:
+        """Read and hash the next part, *at_most* so many bytes; None at the end.
 
         Raises:
             InvalidSourceError: as `read_small`.
         """
-        wanted = self.next_bytes()
+        wanted = min(self.next_bytes(), at_most)
         await self._fill(wanted)
         pieces = self._take(wanted)
         if not pieces:
@@ -264,16 +272,18 @@ class PartReader:
 
     def _take(self, size: int) -> Pieces:
         """Remove *size* bytes from the buffer, or all that there are."""
-        taken: Pieces = []
-        while self._buffer and size:
-            piece = self._buffer.pop(0)
+        count = 0
+        for piece in self._buffer:
             if len(piece) > size:
-                view = memoryview(piece)
-                self._buffer.insert(0, view[size:])
-                piece = view[:size]
-            taken.append(piece)
+                break
+            count += 1
             size -= len(piece)
-            self._buffered -= len(piece)
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        if self._buffer and size:
+            view = memoryview(self._buffer[0])
+            taken.append(view[:size])
+            self._buffer[0] = view[size:]
+        self._buffered -= _size_of(taken)
         return taken
 
     def _may_come(self) -> int:
@@ -346,20 +356,38 @@ class BufferPuller:
 
 
 class FilePuller:
-    """A file, read in a thread."""
+    """A file, read in a thread.
+
+    A cancelled `pull` is over when the thread is, for it moves the file, and somebody may rewind
+    or close that at once. Not so of a file that cannot be rewound: a pipe may be silent for ever.
+    """
 
     def __init__(self, column: str, file: BinaryFile) -> None:
         self._column = column
         self._file = file
+        self._is_cancelled = False
 
     async def pull(self, size: int) -> Pieces:
         """Read in pieces of 1 MiB."""
         with reading_from(self._column, self._file):
-            return await asyncio.to_thread(self._read, size)
+            reading = asyncio.create_task(
+                asyncio.to_thread(self._read, size), name="aioblobcol: read a file"
+            )
+            try:
+                await asyncio.wait({reading})
+            except asyncio.CancelledError:
+                self._is_cancelled = True
+                if _position_of(self._file) is None:
+                    reading.cancel()
+                await wait_through([reading])
+                if not reading.cancelled():
+                    reading.exception()  # the cancellation goes first
+                raise
+            return reading.result()
 
     def _read(self, size: int) -> Pieces:
         pieces: Pieces = []
-        while size:
+        while size and not self._is_cancelled:
             piece: object = self._file.read(min(size, READ_PIECE_BYTES))
             if piece is None:
                 raise InvalidSourceError(
@@ -383,24 +411,46 @@ class AsyncPuller:
         read: Callable[[int], Awaitable[object]],
         *,
         least: int = 1,
+        iterator: object = None,
     ) -> None:
         self._column = column
         self._source = source
         self._read = read
         self._least = least
+        self._iterator = iterator
         self._left: bytes | memoryview = b""
 
     async def pull(self, size: int) -> Pieces:
         """Read until there is enough; what a piece has too much is kept for the next time."""
         pieces: Pieces = []
-        while size:
-            piece = self._left or await self._next(size)
-            if not piece:
-                break
+        small = bytearray()
+        while size and (piece := self._left or await self._next(size)):
             self._left = memoryview(piece)[size:]
-            pieces.append(memoryview(piece)[:size] if len(piece) > size else piece)
-            size -= min(size, len(piece))
+            if len(piece) > size:
+                piece = memoryview(piece)[:size]
+            size -= len(piece)
+            is_small = len(piece) < SMALL_PIECE_BYTES
+            if is_small:
+                small += piece
+            if small and (not is_small or len(small) >= JOINED_BYTES):
+                pieces.append(bytes(small))
+                small.clear()
+                await asyncio.sleep(0)  # a source may never wait by itself
+            if not is_small:
+                pieces.append(piece)
+        if small:
+            pieces.append(bytes(small))
         return pieces
+
+    async def aclose(self) -> None:
+        """Close a generator, which nobody can read on; its trouble is logged."""
+        self._left = b""
+        if not inspect.isasyncgen(self._iterator):
+            return
+        try:
+            await self._iterator.aclose()
+        except Exception as exc:  # must not hide why it is not read to its end
+            logger.warning("column %r: closing the source failed", self._column, exc_info=exc)
 
     async def _next(self, size: int) -> bytes | memoryview:
         with reading_from(self._column, self._source):
@@ -447,7 +497,7 @@ def async_puller(column: str, source: object) -> AsyncPuller | None:
     if not is_async_source(source):
         return None
     if callable(iterate := getattr(source, "aiter_bytes", None)):
-        return AsyncPuller(column, source, _reader_of(iterate()))
+        return _iterating(column, source, iterate())
     content: Any = getattr(source, "content", None)
     if inspect.iscoroutinefunction(getattr(content, "read", None)):
         return AsyncPuller(column, source, content.read)
@@ -455,7 +505,7 @@ def async_puller(column: str, source: object) -> AsyncPuller | None:
         read = getattr(source, name, None)
         if inspect.iscoroutinefunction(read):
             return AsyncPuller(column, source, read, least=least)
-    return AsyncPuller(column, source, _reader_of(source))
+    return _iterating(column, source, source)
 
 
 def size_of(source: object) -> int | None:
@@ -501,8 +551,14 @@ async def open_path(
         file = path.open("rb")
         return file, os.fstat(file.fileno()).st_size
 
+    opening = asyncio.create_task(asyncio.to_thread(open_file), name="aioblobcol: open a file")
+    interrupted = await wait_through([opening])
+    if interrupted is not None:
+        if not opening.cancelled() and opening.exception() is None:
+            opening.result()[0].close()
+        raise interrupted
     with reading_from(column, path):
-        file, size = await asyncio.to_thread(open_file)
+        file, size = opening.result()
 
     async def close() -> None:
         file.close()
@@ -531,7 +587,7 @@ def iterable_reader(
     """Return what reads an async iterable whose size is known, closed by the reader."""
     return PartReader(
         column,
-        AsyncPuller(column, source, _reader_of(source)),
+        _iterating(column, source, source),
         max_bytes=max_bytes,
         total=total,
         is_declared=total is not None,
@@ -592,12 +648,17 @@ async def fingerprint(column: str, path: Path) -> Fingerprint:
     """
     reader = await open_path(column, path, with_md5=True)
     try:
-        while await reader.next_part() is not None:
+        while await reader.next_part(at_most=READ_PIECE_BYTES) is not None:
             pass
     finally:
         await reader.aclose()
     assert reader.sha256 is not None
     return Fingerprint(reader.size, reader.md5, reader.sha256)
+
+
+_being_read: Final[set[int]] = set()
+"""Identities of sources. Of two readers of one each would get a part of its bytes, and neither
+would know."""
 
 
 class ReadOnce:
@@ -607,14 +668,14 @@ class ReadOnce:
     it can be rewound to where it stood. Copies of one blob share it.
     """
 
-    __slots__ = ("_body", "_is_read", "_is_used", "_lock", "_size", "_source", "_start")
+    __slots__ = ("_body", "_is_read", "_lock", "_seen", "_size", "_source", "_start")
 
     def __init__(self, source: BinaryFile | AsyncSource, *, size: int | None = None) -> None:
         self._source: Any = source
         self._size = size
         self._body: bytes | None = None
+        self._seen: int | None = None
         self._is_read = False
-        self._is_used = False
         self._start: int | None = None
         self._lock = asyncio.Lock()
 
@@ -623,7 +684,15 @@ class ReadOnce:
         """Length in bytes; before it is read, what was declared, or what the source itself says."""
         if self._body is not None:
             return len(self._body)
-        return size_of(self._source) if self._size is None else self._size
+        if self._size is not None:
+            return self._size
+        if self._is_being_read:  # to ask a file is to move it, under the thread that reads it
+            return self._seen
+        return size_of(self._source)
+
+    @property
+    def _is_being_read(self) -> bool:
+        return id(self._source) in _being_read
 
     def __reduce__(self) -> Any:
         if self._body is None:
@@ -642,46 +711,69 @@ class ReadOnce:
         async with self._lock:
             if self._body is not None:
                 return await read_payload(column, self._body, with_md5=False, max_bytes=max_bytes)
-            await self._rewind(column)
-            reader = PartReader(
-                column,
-                self._puller(column),
-                max_bytes=max_bytes,
-                total=self.size,
-                is_declared=self._size is not None,
-                with_sha256=with_sha256,
-                close=self._give_back,
-            )
-            self._is_read = True
-            payload = await reader.read_small()
-            if payload is None:
-                self._is_used = True
-                return reader
-            self._body, self._source = payload.body, None
+            self._check_may_read(column)
+            source = self._source
+            _being_read.add(id(source))
+            try:
+                payload = await self._read(column, max_bytes=max_bytes, with_sha256=with_sha256)
+            except BaseException:
+                _being_read.discard(id(source))
+                raise
+            if isinstance(payload, Payload):
+                _being_read.discard(id(source))
+                self._body, self._source = payload.body, None
             return payload
 
-    async def _rewind(self, column: str) -> None:
-        if self._is_used:
+    async def _read(
+        self, column: str, *, max_bytes: int | None, with_sha256: bool
+    ) -> Payload | PartReader:
+        await self._rewind(column)
+        self._seen = size_of(self._source) if self._size is None else self._size
+        source, puller = self._source, self._puller(column)
+
+        async def close() -> None:
+            _being_read.discard(id(source))
+            if isinstance(puller, AsyncPuller):
+                await puller.aclose()
+
+        reader = PartReader(
+            column,
+            puller,
+            max_bytes=max_bytes,
+            total=self._seen,
+            is_declared=self._size is not None,
+            with_sha256=with_sha256,
+            close=close,
+        )
+        self._is_read = True
+        try:
+            payload = await reader.read_small()
+        except BaseException:
+            await reader.aclose()
+            raise
+        return reader if payload is None else payload
+
+    def _check_may_read(self, column: str) -> None:
+        if self._is_being_read:
             raise InvalidSourceError(
                 f"column {column!r}: this stream is being uploaded for another cell; commit that "
                 "one and assign blob.copy()"
             )
-        if not self._is_read:
-            self._start = _position_of(self._source)
-            return
-        if self._start is None:  # the rest of it must not pass for the whole
+        if self._is_read and self._start is None:  # the rest of it must not pass for the whole
             raise InvalidSourceError(
                 f"column {column!r}: this stream was read, at least in part, by an attempt that "
                 "failed, and cannot be rewound; make another Blob"
             )
+
+    async def _rewind(self, column: str) -> None:
+        if not self._is_read:
+            self._start = _position_of(self._source)
+            return
         with reading_from(column, self._source):
             if inspect.iscoroutinefunction(self._source.seek):
                 await self._source.seek(self._start)
             else:
                 await asyncio.to_thread(self._source.seek, self._start)
-
-    async def _give_back(self) -> None:
-        self._is_used = False
 
     def _puller(self, column: str) -> Puller:
         puller = async_puller(column, self._source)
@@ -699,7 +791,7 @@ def _position_of(source: Any) -> int | None:
     return None
 
 
-def _reader_of(iterable: Any) -> Callable[[int], Awaitable[object]]:
+def _iterating(column: str, source: object, iterable: Any) -> AsyncPuller:
     iterator: AsyncIterator[object] = aiter(iterable)
 
     async def read(_size: int) -> object:
@@ -708,4 +800,4 @@ def _reader_of(iterable: Any) -> Callable[[int], Awaitable[object]]:
                 return piece
         return b""
 
-    return read
+    return AsyncPuller(column, source, read, iterator=iterator)

@@ -34,7 +34,13 @@ from ._store._base import (
 )
 from ._streams import PartReader, part_bytes
 from ._tasks import Budget, run_to_end, wait_through
-from .errors import BlobUploadError, StoreClosedError, StoreError, StoreUnavailableError
+from .errors import (
+    BlobUploadError,
+    InvalidSourceError,
+    StoreClosedError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -365,7 +371,7 @@ class _Writing:
                     hold = next_hold or await _Hold.of(self._store, self._reader.next_bytes())
                     part = await self._next_part(hold)
                     if part is None:
-                        break
+                        break  # the first hold of a store that keeps parts is for those under way
                     # where the store keeps parts by itself, the first hold is for all of them
                     next_hold = first if known.parts_held else None
                     if next_hold is None:
@@ -374,6 +380,7 @@ class _Writing:
                         self._send_part(writer, part, hold, room),
                         name=f"aioblobcol: part {part.number} of {self._upload.column}",
                     )
+                    del part  # or it would be in memory beside those that are paid for
         except BaseExceptionGroup as exc:
             raise exc.exceptions[0]  # noqa: B904 - its own cause says more
         finally:
@@ -385,7 +392,7 @@ class _Writing:
         try:
             part = await self._reader.next_part()
         finally:
-            if part is None:
+            if part is None and not self._store.capabilities.parts_held:
                 hold.release()
         return part
 
@@ -409,7 +416,12 @@ class _Writing:
 
 
 async def _send(upload: Upload, request: Request, attempt: Attempt, stop: _Stop) -> None:
-    assert not isinstance(request, LargeRequest)  # its upload would have to wait
+    if isinstance(request, LargeRequest):
+        await request.reader.aclose()
+        raise InvalidSourceError(
+            f"column {upload.column!r}: the source has more than the {upload.size} bytes that it "
+            "had when it was checked; it was changed meanwhile"
+        )
     assert request.uri == upload.uri  # or another object would be made than the one to be deleted
     if stop.is_set:  # another one failed meanwhile
         return

@@ -469,12 +469,23 @@ class TestMemory:
             assert len(store.objects) == 10
             assert store.runtime.budget.used == 0
 
-    async def test_is_shared_fairly(self, sqlite: Database) -> None:
+    async def test_is_shared_fairly(
+        self, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Uploads take turns part by part; none waits for another one's end."""
+        # no threads: one that lags would leave the other one's turns to it
+        monkeypatch.setattr("aioblobcol._streams.HASH_INLINE_BYTES", 2 * PART_BYTES)
         async with sqlite.engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         async with MemoryStore(max_bytes_in_flight=2 * PART_BYTES) as store:
             sessions = blob_sessionmaker(sqlite.engine, store)
+            both = asyncio.Barrier(2)
+
+            async def start_together(step: Step) -> None:
+                if step.operation == "create" and step.stage == "before":
+                    await both.wait()
+
+            store.hooks.append(start_together)
             async with asyncio.TaskGroup() as group:
                 for key in ("a", "b"):
                     group.create_task(save(sessions, key, body=Blob(iterated(*[LARGE] * 4))))

@@ -8,8 +8,9 @@ import io
 import pickle
 import re
 import tempfile
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from support.streams import AiohttpResponse, Chunks, PlainFile, Response, Stream
 
 from aioblobcol._sources import MAX_OBJECT_BYTES, PART_BYTES, READ_PIECE_BYTES, Payload
 from aioblobcol._streams import (
+    JOINED_BYTES,
     MAX_PARTS,
+    SMALL_PIECE_BYTES,
     AsyncPuller,
     PartReader,
     ReadOnce,
@@ -40,6 +43,16 @@ def reader_of(*pieces: bytes, least: int = 4, **more: Any) -> PartReader:
     """Read pieces in parts of 4 bytes."""
     stream = Stream(*pieces)
     return PartReader("page", AsyncPuller("page", stream, stream.read), least=least, **more)
+
+
+class Given:
+    """An async `read` that gives what an iterator gives."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces = pieces
+
+    async def read(self, _size: int) -> bytes:
+        return next(self.pieces, b"")
 
 
 def open_files() -> int:
@@ -126,6 +139,27 @@ class TestParts:
         await reader.next_part()
 
         assert len(stream.sizes) == 4
+
+    @pytest.mark.parametrize("piece_bytes", [1, 1000, SMALL_PIECE_BYTES - 1])
+    async def test_of_many_small_pieces(self, piece_bytes: int) -> None:
+        """Small pieces are joined: a part has some hundreds of pieces, not millions."""
+        body = LARGE[: 2 * MIB + 1]
+        pieces = (body[at : at + piece_bytes] for at in range(0, len(body), piece_bytes))
+        source = AsyncPuller("page", None, Given(pieces).read)
+        part = await PartReader("page", source).next_part()
+
+        assert part is not None
+        assert b"".join(part.pieces) == body
+        assert len(part.pieces) <= 2 * MIB // JOINED_BYTES + 1
+
+    async def test_of_small_pieces_among_large_ones(self) -> None:
+        """The order stays."""
+        large = bytes(SMALL_PIECE_BYTES)
+        reader = reader_of(b"a", b"b", large, b"c", large, large, b"d", least=MIB)
+        part = await reader.next_part()
+
+        assert part is not None
+        assert part.pieces == [b"ab", large, b"c", large, large, b"d"]
 
     async def test_are_views_of_bytes_in_memory(self) -> None:
         """Immutable bytes are not copied."""
@@ -311,6 +345,19 @@ class TestSources:
 
         assert open_files() == before
 
+    async def test_an_opening_that_is_cancelled(self, tmp_path: Path) -> None:
+        """A file that a thread opens for nobody is closed."""
+        path = tmp_path / "page"
+        path.write_bytes(LARGE)
+        before = open_files()
+        task = asyncio.create_task(open_source("page", path))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+
+        assert task.cancelled()
+        assert open_files() == before
+
     async def test_the_fingerprint_of_a_file(self, tmp_path: Path) -> None:
         """A file is hashed without being kept."""
         path = tmp_path / "page"
@@ -420,6 +467,31 @@ class TestReadOnce:
 
         assert await read_all(source) == LARGE
 
+    async def test_one_file_of_two_blobs(self) -> None:
+        """Two readers would take each other's bytes: the second one is refused."""
+        file = io.BytesIO(LARGE)
+        first, second = ReadOnce(file), ReadOnce(file)
+        reader = await first.open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+        with pytest.raises(InvalidSourceError, match="for another cell"):
+            await second.open("page", max_bytes=None)
+        await reader.aclose()
+        file.seek(0)
+
+        assert await read_all(second) == LARGE
+
+    async def test_its_size_while_it_is_read(self) -> None:
+        """A file is not moved by the question how large it is: a thread may be reading it."""
+        file = io.BytesIO(LARGE)
+        source = ReadOnce(file)
+        reader = await source.open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+        file.seek = None  # type: ignore[method-assign,assignment]
+
+        assert source.size == len(LARGE)
+        assert ReadOnce(file).size is None
+        await reader.aclose()
+
     async def test_a_declared_size(self) -> None:
         """What is declared is compared."""
         with pytest.raises(SizeMismatchError):
@@ -448,3 +520,73 @@ class TestReadOnce:
 
         with pytest.raises(InvalidSourceError, match="at least in part"):
             await read_all(source)
+
+    async def test_a_file_whose_reading_is_cancelled(self) -> None:
+        """The thread has ended with the reading, or it would move the file that is read again."""
+        reached, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        class Slow(io.BytesIO):
+            reads = 0
+
+            def read(self, size: int | None = -1, /) -> bytes:
+                self.reads += 1
+                loop.call_soon_threadsafe(reached.set)
+                go_on.wait()
+                return super().read(size)
+
+        file = Slow(LARGE)
+        source = ReadOnce(file)
+        task = asyncio.create_task(read_all(source))
+        await reached.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+        go_on.set()
+        await asyncio.wait({task})
+
+        assert task.cancelled()
+        assert file.reads == 1
+        assert await read_all(source) == LARGE
+
+    async def test_a_pipe_whose_reading_is_cancelled(self) -> None:
+        """Nobody waits for what may be silent for ever."""
+        reached, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        class Silent(PlainFile):
+            def read(self, size: int = -1) -> Any:
+                loop.call_soon_threadsafe(reached.set)
+                go_on.wait()
+                return super().read(size)
+
+        task = asyncio.create_task(read_all(ReadOnce(Silent(b"page"))))
+        await reached.wait()
+        task.cancel()
+        await asyncio.wait({task})
+        go_on.set()
+
+        assert task.cancelled()
+
+    async def test_a_generator_is_closed(self) -> None:
+        """What a generator holds is let go of when no more of it is read."""
+        is_closed = False
+
+        async def pieces() -> AsyncIterator[bytes]:
+            nonlocal is_closed
+            try:
+                while True:
+                    yield bytes(MIB)
+            finally:
+                is_closed = True
+
+        with pytest.raises(BlobTooLargeError):
+            await ReadOnce(pieces()).open("page", max_bytes=MIB)
+        assert is_closed
+        is_closed = False
+        reader = await ReadOnce(pieces()).open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+        await reader.aclose()
+
+        assert is_closed

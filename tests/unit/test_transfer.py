@@ -6,15 +6,23 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from aioblobcol._sources import read_payload
+from aioblobcol._sources import PART_BYTES, read_payload
 from aioblobcol._store import _base
-from aioblobcol._store._base import COPY_SECONDS, SLOWEST_BYTES_PER_SECOND, CopyRequest, PutRequest
-from aioblobcol._transfer import Upload, compensate, upload_all, upload_each
+from aioblobcol._store._base import (
+    COPY_SECONDS,
+    SLOWEST_BYTES_PER_SECOND,
+    CopyRequest,
+    PutRequest,
+    WriteRequest,
+)
+from aioblobcol._streams import open_path
+from aioblobcol._transfer import LargeRequest, Upload, compensate, upload_all, upload_each
 from aioblobcol.errors import (
     BlobNotFoundError,
     BlobUploadError,
@@ -35,6 +43,10 @@ async def left() -> AsyncIterator[MemoryStore]:
 async def right() -> AsyncIterator[MemoryStore]:
     async with MemoryStore(bucket="right") as store:
         yield store
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def uri_in(store: MemoryStore, name: str) -> str:
@@ -460,3 +472,22 @@ class TestCompensate:
 
         assert list(report.kept) == ["s3://left/elsewhere/a"]
         assert left.calls == calls
+
+
+class TestGrownFiles:
+    async def test_are_refused_and_closed(self, left: MemoryStore, tmp_path: Path) -> None:
+        """A file that was small when it was checked, and is not any more, leaves nothing open."""
+        path = tmp_path / "page"
+        path.write_bytes(bytes(PART_BYTES + 1))
+        before = open_files()
+        uri = uri_in(left, "page")
+
+        async def prepare() -> LargeRequest:
+            reader = await open_path("page", path)
+            return LargeRequest(WriteRequest("page", uri, {}, {}, reader.total), reader)
+
+        with pytest.raises(BlobUploadError, match="changed meanwhile"):
+            await upload_each([Upload(left, "page", uri, prepare, size=5)])
+
+        assert open_files() == before
+        assert left.runtime.budget.used == 0

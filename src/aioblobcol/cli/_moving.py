@@ -23,6 +23,7 @@ from .._download import download_object, open_object
 from .._sources import OnProgress, Part, Payload
 from .._store._base import ObjectWriter, PutRequest, Store, WriteRequest, put_seconds
 from .._streams import AsyncPuller, FilePuller, PartReader, Puller
+from .._tasks import Budget
 from ..errors import InvalidSourceError, SizeMismatchError, StoreUnavailableError
 from ._courier import BlockingReader, BlockingWriter
 
@@ -193,11 +194,11 @@ async def _write(
     store: Store, request: WriteRequest, reader: PartReader, on_progress: OnProgress
 ) -> None:
     """Write one object part by part; nothing of it is there if a part fails."""
-    at_once = min(store.capabilities.parts_at_once, HELD_BYTES // reader.next_bytes())
-    room = asyncio.Semaphore(max(1, at_once))
+    room = asyncio.Semaphore(store.capabilities.parts_at_once)
+    memory = Budget(HELD_BYTES)  # of a stream without end the parts become larger
     sent = 0
 
-    async def send(writer: ObjectWriter, part: Part) -> None:
+    async def send(writer: ObjectWriter, part: Part, held: int) -> None:
         nonlocal sent
         try:
             async with store.runtime.slots, asyncio.timeout(put_seconds(store, part.size)):
@@ -205,17 +206,21 @@ async def _write(
         except TimeoutError as exc:
             raise StoreUnavailableError("put", request.uri, "no answer in time") from exc
         sent += part.size
+        memory.release(held)
         room.release()
         on_progress(sent, request.size)
 
     async with store.open_writer(request) as writer:
         try:
             async with asyncio.TaskGroup() as group:
-                await room.acquire()  # before the part is in memory
-                while (part := await reader.next_part()) is not None:
-                    group.create_task(send(writer, part))
-                    del part
+                while True:
                     await room.acquire()
+                    held = await memory.acquire(reader.next_bytes())  # before it is in memory
+                    part = await reader.next_part()
+                    if part is None:
+                        break
+                    group.create_task(send(writer, part, held))
+                    del part
         except ExceptionGroup as exc:
             raise exc.exceptions[0]  # noqa: B904 - its own cause says more
         writer.finish(reader.crc32)
