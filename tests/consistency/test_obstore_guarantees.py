@@ -106,7 +106,7 @@ class TestExplicit:
             await delete(session, store)
             assert await contents(store, sqlite.engine) is None
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("program", [create, update, delete], ids=lambda each: each.__name__)
     async def test_cancelled_at_every_await(
         self, sqlite: Database, store: ObstoreStore, program: Program

@@ -456,7 +456,12 @@ class TestExit:
     @pytest.mark.timeout(600)
     @pytest.mark.parametrize(
         ("place", "how", "runs"),
-        [("s3", "finished", 50), ("s3", "cancelled", 5), ("files", "finished", 5)],
+        [
+            pytest.param("s3", "finished", 50, marks=pytest.mark.long),
+            ("s3", "finished", 5),
+            ("s3", "cancelled", 5),
+            ("files", "finished", 5),
+        ],
     )
     async def test_every_run_exits_cleanly(
         self, tmp_path: Path, place: str, how: str, runs: int

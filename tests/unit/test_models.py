@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import UnknownServiceError
 from botocore.loaders import create_loader
 
-from aioblobcol._store._models import new_session
+from aioblobcol._store._models import _shared_loader, new_session
 
 
 @pytest.fixture
@@ -19,6 +19,13 @@ def collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.fixture
+def unread() -> None:
+    """Forget what was read: botocore completes the models that its clients use."""
+    _shared_loader.cache_clear()
+
+
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", ["endpoints", "partitions", "_retry"])
 def test_general_data_are_those_of_botocore(name: str) -> None:
     """What our reader reads equals what botocore's own reads, order included."""
@@ -28,6 +35,7 @@ def test_general_data_are_those_of_botocore(name: str) -> None:
     assert repr(ours) == repr(_plain(theirs))
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", ["service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"])
 def test_the_models_of_s3_are_those_of_botocore(name: str) -> None:
     """So it is with what describes S3, of which some files are compressed."""

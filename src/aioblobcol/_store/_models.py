@@ -1,7 +1,8 @@
 """botocore's models: read once for all stores, and so that other threads can go on.
 
-Invariants: what is read is what botocore's own loader reads; it is never changed, so that
-clients may share it; the garbage collector is on again when nothing is being read.
+Invariants: what is read is what botocore's own loader reads, and is shared by clients as those of
+one session of botocore share it (it completes what a client uses, for all in the same way); the
+garbage collector is on again when nothing is being read.
 """
 
 from __future__ import annotations
