@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from aioblobcol._sources import PART_BYTES, read_payload
+from aioblobcol._sources import MAX_OBJECT_BYTES, PART_BYTES, Part, read_payload
 from aioblobcol._store import _base
 from aioblobcol._store._base import (
     COPY_SECONDS,
@@ -21,8 +22,15 @@ from aioblobcol._store._base import (
     PutRequest,
     WriteRequest,
 )
-from aioblobcol._streams import open_path
-from aioblobcol._transfer import LargeRequest, Upload, compensate, upload_all, upload_each
+from aioblobcol._streams import open_path, part_bytes
+from aioblobcol._transfer import (
+    LargeRequest,
+    Upload,
+    compensate,
+    in_memory,
+    upload_all,
+    upload_each,
+)
 from aioblobcol.errors import (
     BlobNotFoundError,
     BlobUploadError,
@@ -491,3 +499,80 @@ class TestGrownFiles:
 
         assert open_files() == before
         assert left.runtime.budget.used == 0
+
+
+class Endless:
+    """A reader of an object of a given size that has no bytes, only their number."""
+
+    def __init__(self, total: int, *, is_known: bool) -> None:
+        self.total = total if is_known else None
+        self.crc32 = 0
+        self._left = total
+        self._number = 0
+
+    def next_bytes(self) -> int:
+        return part_bytes(self._number + 1, total=self.total)
+
+    async def next_part(self) -> Part | None:
+        size = min(self.next_bytes(), self._left)
+        if size == 0:
+            return None
+        self._left -= size
+        self._number += 1
+        return Part(self._number, [], size, 0)
+
+    async def aclose(self) -> None:
+        pass
+
+
+class Counting(MemoryStore):
+    """A store that counts parts in place of keeping them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[int] = []
+
+    @contextlib.asynccontextmanager
+    async def open_writer(self, request: WriteRequest) -> AsyncIterator[Any]:
+        counted = self.parts
+
+        class Writer:
+            upload_id = None
+
+            async def write(self, part: Part) -> None:
+                assert part.number == len(counted) + 1
+                counted.append(part.size)
+
+            def finish(self, crc32: int) -> None:
+                pass
+
+        yield Writer()
+
+
+class TestTheLargest:
+    @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+    @pytest.mark.parametrize("size", [MAX_OBJECT_BYTES, 10**12, 100 * 2**30 + 1])
+    async def test_fits_into_10_000_parts(self, size: int, is_known: bool) -> None:
+        """5 TiB go in 10,000 parts at most, none larger than S3 takes, known before or not."""
+        async with Counting() as store:
+            uri = f"s3://bucket/prefix/c/id={0:032x}"
+
+            async def prepare() -> LargeRequest:
+                reader: Any = Endless(size, is_known=is_known)
+                return LargeRequest(WriteRequest("c", uri, {}), reader)
+
+            upload = Upload(
+                store,
+                "c",
+                uri,
+                prepare,
+                size=in_memory(store, size if is_known else None),
+                waits=True,
+            )
+            await upload_each([upload])
+            assert store.runtime.budget.used == 0
+
+        assert sum(store.parts) == size
+        assert len(store.parts) <= 10_000
+        assert max(store.parts) <= 5 * 2**30
+        assert min(store.parts[:-1]) >= PART_BYTES
