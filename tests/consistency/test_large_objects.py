@@ -330,6 +330,22 @@ class TestFailures:
             await save(sessions, body=Blob(source(), **arguments))
         assert isinstance(caught.value.__cause__, error)
 
+    async def test_a_source_that_was_cancelled(self, sessions: Factory) -> None:
+        """A source that waits for what was cancelled has failed; nobody waits for the others."""
+        silent, work = asyncio.Event(), asyncio.get_running_loop().create_future()
+        work.cancel()
+
+        async def pieces(wanted: asyncio.Future[bytes]) -> AsyncIterator[bytes]:
+            yield LARGE
+            yield await wanted
+
+        async def silence() -> AsyncIterator[bytes]:
+            yield LARGE
+            await silent.wait()
+
+        with pytest.raises(BlobUploadError, match="was cancelled"):
+            await save(sessions, body=Blob(pieces(work)), other=Blob(silence()))
+
     async def test_too_much(self, sessions: Factory, memory_store: MemoryStore) -> None:
         """Reading stops with the byte that is too many."""
         pulled = 0
