@@ -387,15 +387,15 @@ class FilePuller:
 
     def _read(self, size: int) -> Pieces:
         pieces: Pieces = []
-        while size and not self._is_cancelled:
-            piece: object = self._file.read(min(size, READ_PIECE_BYTES))
-            if piece is None:
+        while size > 0 and not self._is_cancelled:  # it may give more than it was asked for
+            found: object = self._file.read(min(size, READ_PIECE_BYTES))
+            if found is None:
                 raise InvalidSourceError(
                     f"column {self._column!r}: the file is non-blocking, and gave nothing"
                 )
-            if not check_piece(self._column, self._file, piece):
+            piece = check_piece(self._column, self._file, found)
+            if not piece:
                 break
-            assert isinstance(piece, bytes)
             pieces.append(piece)
             size -= len(piece)
         return pieces

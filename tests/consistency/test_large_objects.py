@@ -664,3 +664,18 @@ class TestJournal:
         assert ("lost" in world.store.uploads) != delete
         for name in ("lost", "foreign"):
             world.store.uploads.pop(name, None)
+
+    async def test_the_check_goes_on_after_what_cannot_be_aborted(self, world: World) -> None:
+        """An upload that the store does not give up is told of, and the next one is dealt with."""
+        first, second = (f"s3://bucket/app/x/col=body/id={digit * 32}" for digit in "01")
+        world.store.uploads |= {"first": first, "second": second}
+        await claim(world.journal, world.engine)
+        world.store.fail("abort", times=1)
+        check = Check(
+            world.engine, world.store, world.Base.metadata, journal=world.journal, delete=True
+        )
+        found = [finding async for finding in check.findings()]
+
+        assert [(each.uri, each.is_condemned) for each in found] == [(first, False), (second, True)]
+        assert "not aborted" in (found[0].reason or "")
+        assert world.store.uploads.pop("first") == first

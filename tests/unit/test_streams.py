@@ -293,6 +293,15 @@ class TestSources:
         with pytest.raises(KeyError):
             await open_source("page", Stream(KeyError("x")))
 
+    async def test_a_file_that_gives_more_than_it_was_asked_for(self) -> None:
+        """What came too much is kept for the next part, and no more is read meanwhile."""
+        file = PlainFile(*[bytearray(2 * MIB)] * 20)
+        reader = await open_source("page", file)
+        assert isinstance(reader, PartReader)
+
+        assert len(file.pieces) == 15
+        assert b"".join(await parts_of(reader)) == bytes(40 * MIB)
+
     async def test_an_async_read_is_asked_for_a_mebibyte(self) -> None:
         """Pieces are neither tiny nor huge."""
         stream = Stream(bytes(READ_PIECE_BYTES), b"rest")
