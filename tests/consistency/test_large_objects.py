@@ -643,6 +643,29 @@ class TestJournal:
 
         assert "write" not in [operation for operation, _ in world.store.calls]
 
+    @pytest.mark.parametrize("stage", ["before", "after"])
+    @pytest.mark.parametrize("operation", ["write", "complete"])
+    async def test_one_that_the_worker_takes_in_the_middle(
+        self, operation: str, stage: str, world: World
+    ) -> None:
+        """An upload whose lease ran out, for its process stood still, gives no row an object."""
+        is_done = False
+
+        async def work(step: Step) -> None:
+            nonlocal is_done
+            if (step.operation, step.stage, is_done) == (operation, stage, False):
+                is_done = True
+                await world.expire_leases()
+                await world.worker().run_once()
+
+        world.store.hooks.append(work)
+        async with world.sessions() as session:
+            session.add(world.Doc(key="a", body=Blob(LARGE)))
+            with pytest.raises((BlobUploadError, sa.exc.DBAPIError)):
+                await session.commit()
+
+        assert is_done
+
     @pytest.mark.parametrize("delete", [False, True])
     async def test_the_check_finds_what_nobody_wrote_down(self, world: World, delete: bool) -> None:
         """An upload that is not listed is nobody's; one that is listed is under way."""
