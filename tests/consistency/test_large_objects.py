@@ -369,6 +369,8 @@ class TestFailures:
         for source in (b"five.", path):
             with pytest.raises(SizeMismatchError, match="5 bytes are here, 4 were declared"):
                 Blob(source, size=4)
+        with pytest.raises(BlobTooLargeError):
+            Blob(iterated(), size=2**63)
         for size in (-1, "4", 4.0, True):
             with pytest.raises(InvalidInputError):
                 Blob(iterated(), size=size)  # type: ignore[arg-type]
