@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ._download import byte_range, download_object, open_object, read_object
 from ._sources import (
+    MAX_OBJECT_BYTES,
     PART_BYTES,
     BlobSource,
     OnProgress,
+    check_size,
     check_source,
     is_async_source,
     is_binary_file,
@@ -530,10 +532,12 @@ def check_declared(declared: int, known: int | None) -> None:
 
     Raises:
         SizeMismatchError: it is another one.
+        BlobTooLargeError: no store has objects of that size.
         InvalidInputError: it is no size.
     """
     if type(declared) is not int or declared < 0:
         raise InvalidInputError(f"size is a number of bytes, not {declared!r}")
+    check_size("Blob", declared, MAX_OBJECT_BYTES)
     if known is not None and known != declared:
         raise SizeMismatchError(f"{known} bytes are here, {declared} were declared")
 

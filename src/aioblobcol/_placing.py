@@ -83,7 +83,7 @@ class Placement:
             attribute.column.name,
             self.uri,
             self._request,
-            size=in_memory(store, size),
+            size=in_memory(store, self._most_bytes(size)),
             waits=self._has_to_wait(size),
             on_progress=self.blob._on_progress,
         )
@@ -113,6 +113,10 @@ class Placement:
         if source is None and not self._comes_from_elsewhere:
             return 0
         return self.blob.size
+
+    def _most_bytes(self, size: int | None) -> int | None:
+        source = self.blob._source
+        return source.most_bytes if isinstance(source, ReadOnce) else size
 
     @property
     def _comes_from_elsewhere(self) -> bool:

@@ -19,10 +19,11 @@ import inspect
 import io
 import logging
 import os
+import weakref
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from ._crc32 import combine
 from ._sources import (
@@ -161,6 +162,7 @@ class PartReader:
         max_bytes: int | None = None,
         total: int | None = None,
         is_declared: bool = False,
+        is_certain: bool = True,
         with_sha256: bool = True,
         with_md5: bool = False,
         close: Callable[[], Awaitable[None]] | None = None,
@@ -174,6 +176,7 @@ class PartReader:
             max_bytes: how much is taken.
             total: how many bytes there are, if that is known.
             is_declared: that many there must be.
+            is_certain: no client has said that: parts may be made for it.
             with_sha256: compute the SHA-256 of a large source; of a small one it always is.
             with_md5: compute the MD5 too.
             close: called once, when no more is read.
@@ -186,6 +189,7 @@ class PartReader:
         self._puller = puller
         self._max_bytes = MAX_OBJECT_BYTES if max_bytes is None else max_bytes
         self._is_declared = is_declared
+        self._is_certain = is_certain
         self._hashes = Hashes(with_sha256=with_sha256, with_md5=with_md5)
         self._with_md5 = with_md5
         self._close = close
@@ -217,7 +221,8 @@ class PartReader:
 
     def next_bytes(self) -> int:
         """Return how large the next part may be."""
-        return part_bytes(self._number + 1, total=self.total, least=self._least)
+        total = self.total if self._is_certain else None
+        return part_bytes(self._number + 1, total=total, least=self._least)
 
     async def read_small(self) -> Payload | None:
         """Read the first part; return it if it is the whole, or None if there is more.
@@ -387,15 +392,15 @@ class FilePuller:
 
     def _read(self, size: int) -> Pieces:
         pieces: Pieces = []
-        while size and not self._is_cancelled:
-            piece: object = self._file.read(min(size, READ_PIECE_BYTES))
-            if piece is None:
+        while size > 0 and not self._is_cancelled:  # it may give more than it was asked for
+            found: object = self._file.read(min(size, READ_PIECE_BYTES))
+            if found is None:
                 raise InvalidSourceError(
                     f"column {self._column!r}: the file is non-blocking, and gave nothing"
                 )
-            if not check_piece(self._column, self._file, piece):
+            piece = check_piece(self._column, self._file, found)
+            if not piece:
                 break
-            assert isinstance(piece, bytes)
             pieces.append(piece)
             size -= len(piece)
         return pieces
@@ -656,9 +661,29 @@ async def fingerprint(column: str, path: Path) -> Fingerprint:
     return Fingerprint(reader.size, reader.md5, reader.sha256)
 
 
-_being_read: Final[set[int]] = set()
-"""Identities of sources. Of two readers of one each would get a part of its bytes, and neither
-would know."""
+class _Claim:
+    """That a source is being read, for as long as this object lives, or until it is given up.
+
+    Of two readers of one source each would get a part of its bytes, and neither would know.
+    """
+
+    __slots__ = ("__weakref__", "_source")
+
+    _all: ClassVar[weakref.WeakValueDictionary[int, _Claim]] = weakref.WeakValueDictionary()
+
+    def __init__(self, source: object) -> None:
+        self._source = source  # kept, or its identity would become another one's
+        self._all[id(source)] = self
+
+    @classmethod
+    def is_on(cls, source: object) -> bool:
+        """Tell whether somebody reads *source*."""
+        return id(source) in cls._all
+
+    def give_up(self) -> None:
+        """Let others read it."""
+        if self._all.get(id(self._source)) is self:
+            del self._all[id(self._source)]
 
 
 class ReadOnce:
@@ -691,8 +716,25 @@ class ReadOnce:
         return size_of(self._source)
 
     @property
+    def most_bytes(self) -> int | None:
+        """How many bytes are read at most; None where a client alone says how many there are.
+
+        A header that announces 5 TiB must not make parts, and take memory, for as much; one that
+        announces 1 byte is no promise.
+        """
+        if self._body is None and self._size is None and not self._tells_its_size:
+            return None
+        size = self.size
+        is_a_promise = self._size is None or size is None or size <= PART_BYTES
+        return size if is_a_promise else None
+
+    @property
+    def _tells_its_size(self) -> bool:
+        return isinstance(getattr(self._source, "size", None), int) or is_binary_file(self._source)
+
+    @property
     def _is_being_read(self) -> bool:
-        return id(self._source) in _being_read
+        return _Claim.is_on(self._source)
 
     def __reduce__(self) -> Any:
         if self._body is None:
@@ -712,27 +754,28 @@ class ReadOnce:
             if self._body is not None:
                 return await read_payload(column, self._body, with_md5=False, max_bytes=max_bytes)
             self._check_may_read(column)
-            source = self._source
-            _being_read.add(id(source))
+            claim = _Claim(self._source)
             try:
-                payload = await self._read(column, max_bytes=max_bytes, with_sha256=with_sha256)
+                payload = await self._read(
+                    column, claim, max_bytes=max_bytes, with_sha256=with_sha256
+                )
             except BaseException:
-                _being_read.discard(id(source))
+                claim.give_up()
                 raise
             if isinstance(payload, Payload):
-                _being_read.discard(id(source))
+                claim.give_up()
                 self._body, self._source = payload.body, None
             return payload
 
     async def _read(
-        self, column: str, *, max_bytes: int | None, with_sha256: bool
+        self, column: str, claim: _Claim, *, max_bytes: int | None, with_sha256: bool
     ) -> Payload | PartReader:
         await self._rewind(column)
         self._seen = size_of(self._source) if self._size is None else self._size
-        source, puller = self._source, self._puller(column)
+        puller = self._puller(column)
 
         async def close() -> None:
-            _being_read.discard(id(source))
+            claim.give_up()
             if isinstance(puller, AsyncPuller):
                 await puller.aclose()
 
@@ -742,6 +785,7 @@ class ReadOnce:
             max_bytes=max_bytes,
             total=self._seen,
             is_declared=self._size is not None,
+            is_certain=self._size is None and self._tells_its_size,
             with_sha256=with_sha256,
             close=close,
         )

@@ -303,6 +303,15 @@ async def _upload(upload: Upload, attempt: Attempt, slots: asyncio.Semaphore, st
             async with slots:
                 if not stop.is_set:
                     await _send(upload, await upload.prepare(), attempt, stop)
+    except asyncio.CancelledError as exc:
+        if stop.is_set:
+            raise
+        # not by `upload_each`, which would not notice that a task was cancelled
+        stop.is_set = True
+        raise InvalidSourceError(
+            f"column {upload.column!r}: what it was read from was cancelled, or the upload's own "
+            "task by somebody else"
+        ) from exc
     except BaseException:
         stop.is_set = True
         raise

@@ -330,6 +330,22 @@ class TestFailures:
             await save(sessions, body=Blob(source(), **arguments))
         assert isinstance(caught.value.__cause__, error)
 
+    async def test_a_source_that_was_cancelled(self, sessions: Factory) -> None:
+        """A source that waits for what was cancelled has failed; nobody waits for the others."""
+        silent, work = asyncio.Event(), asyncio.get_running_loop().create_future()
+        work.cancel()
+
+        async def pieces(wanted: asyncio.Future[bytes]) -> AsyncIterator[bytes]:
+            yield LARGE
+            yield await wanted
+
+        async def silence() -> AsyncIterator[bytes]:
+            yield LARGE
+            await silent.wait()
+
+        with pytest.raises(BlobUploadError, match="was cancelled"):
+            await save(sessions, body=Blob(pieces(work)), other=Blob(silence()))
+
     async def test_too_much(self, sessions: Factory, memory_store: MemoryStore) -> None:
         """Reading stops with the byte that is too many."""
         pulled = 0
@@ -353,6 +369,8 @@ class TestFailures:
         for source in (b"five.", path):
             with pytest.raises(SizeMismatchError, match="5 bytes are here, 4 were declared"):
                 Blob(source, size=4)
+        with pytest.raises(BlobTooLargeError):
+            Blob(iterated(), size=2**63)
         for size in (-1, "4", 4.0, True):
             with pytest.raises(InvalidInputError):
                 Blob(iterated(), size=size)  # type: ignore[arg-type]
@@ -627,6 +645,29 @@ class TestJournal:
 
         assert "write" not in [operation for operation, _ in world.store.calls]
 
+    @pytest.mark.parametrize("stage", ["before", "after"])
+    @pytest.mark.parametrize("operation", ["write", "complete"])
+    async def test_one_that_the_worker_takes_in_the_middle(
+        self, operation: str, stage: str, world: World
+    ) -> None:
+        """An upload whose lease ran out, for its process stood still, gives no row an object."""
+        is_done = False
+
+        async def work(step: Step) -> None:
+            nonlocal is_done
+            if (step.operation, step.stage, is_done) == (operation, stage, False):
+                is_done = True
+                await world.expire_leases()
+                await world.worker().run_once()
+
+        world.store.hooks.append(work)
+        async with world.sessions() as session:
+            session.add(world.Doc(key="a", body=Blob(LARGE)))
+            with pytest.raises((BlobUploadError, sa.exc.DBAPIError)):
+                await session.commit()
+
+        assert is_done
+
     @pytest.mark.parametrize("delete", [False, True])
     async def test_the_check_finds_what_nobody_wrote_down(self, world: World, delete: bool) -> None:
         """An upload that is not listed is nobody's; one that is listed is under way."""
@@ -648,3 +689,18 @@ class TestJournal:
         assert ("lost" in world.store.uploads) != delete
         for name in ("lost", "foreign"):
             world.store.uploads.pop(name, None)
+
+    async def test_the_check_goes_on_after_what_cannot_be_aborted(self, world: World) -> None:
+        """An upload that the store does not give up is told of, and the next one is dealt with."""
+        first, second = (f"s3://bucket/app/x/col=body/id={digit * 32}" for digit in "01")
+        world.store.uploads |= {"first": first, "second": second}
+        await claim(world.journal, world.engine)
+        world.store.fail("abort", times=1)
+        check = Check(
+            world.engine, world.store, world.Base.metadata, journal=world.journal, delete=True
+        )
+        found = [finding async for finding in check.findings()]
+
+        assert [(each.uri, each.is_condemned) for each in found] == [(first, False), (second, True)]
+        assert "not aborted" in (found[0].reason or "")
+        assert world.store.uploads.pop("first") == first

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -674,6 +675,42 @@ class TestTrouble:
         assert left.upload_id in caplog.text
         assert await count(sessions) == 0
         await s3_store.abort_upload(left)
+
+    async def test_an_answer_without_an_etag(
+        self, watched: Factory, proxy: S3Proxy, sessions: Factory
+    ) -> None:
+        """A part that cannot be named at the end fails, and the error tells why."""
+
+        async def cut(request: WireRequest, forward: Forward) -> bytes:
+            reply = await forward()
+            return (
+                re.sub(rb"(?i)\r\nETag:[^\r]*", b"", reply) if _kind(request) == "part" else reply
+            )
+
+        proxy.rule = cut
+        with pytest.raises(BlobUploadError, match="without an ETag"):
+            await save(watched, body=Blob(iterated(LARGE)))
+
+        assert "abort" in kinds(proxy)
+        assert await count(sessions) == 0
+
+    @pytest.mark.parametrize("status", ["200 OK", "503 Slow Down"])
+    async def test_a_completion_that_fails(
+        self, status: str, watched: Factory, proxy: S3Proxy, sessions: Factory
+    ) -> None:
+        """An error may come with any status; S3 sends 200 before it has joined the parts."""
+
+        async def refuse(request: WireRequest, forward: Forward) -> bytes:
+            if _kind(request) == "complete":
+                return answer(status, "InternalError")
+            return await forward()
+
+        proxy.rule = refuse
+        with pytest.raises(BlobUploadError, match="InternalError"):
+            await save(watched, body=Blob(iterated(LARGE)))
+
+        assert kinds(proxy)[-2:] == ["abort", "DELETE"]
+        assert await count(sessions) == 0
 
     async def test_a_size_that_is_not_kept(
         self, watched: Factory, proxy: S3Proxy, sessions: Factory

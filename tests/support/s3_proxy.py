@@ -67,11 +67,12 @@ class S3Proxy:
             for line in request.head.split(b"\r\n")
             if line and not line.lower().startswith((b"connection:", b"expect:"))
         ]
-        writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + request.body)
-        await writer.drain()
-        whole = await reader.read()
-        writer.close()
-        return whole
+        try:
+            writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + request.body)
+            await writer.drain()
+            return await reader.read()
+        finally:
+            writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

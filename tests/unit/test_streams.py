@@ -293,6 +293,15 @@ class TestSources:
         with pytest.raises(KeyError):
             await open_source("page", Stream(KeyError("x")))
 
+    async def test_a_file_that_gives_more_than_it_was_asked_for(self) -> None:
+        """What came too much is kept for the next part, and no more is read meanwhile."""
+        file = PlainFile(*[bytearray(2 * MIB)] * 20)
+        reader = await open_source("page", file)
+        assert isinstance(reader, PartReader)
+
+        assert len(file.pieces) == 15
+        assert b"".join(await parts_of(reader)) == bytes(40 * MIB)
+
     async def test_an_async_read_is_asked_for_a_mebibyte(self) -> None:
         """Pieces are neither tiny nor huge."""
         stream = Stream(bytes(READ_PIECE_BYTES), b"rest")
@@ -466,6 +475,34 @@ class TestReadOnce:
         await first.aclose()
 
         assert await read_all(source) == LARGE
+
+    @pytest.mark.parametrize("said", ["1", f"{MAX_OBJECT_BYTES}", f"{10**18}"])
+    async def test_what_a_client_says(self, said: str) -> None:
+        """A header makes neither parts nor memory of the size that it announces."""
+        source = ReadOnce(Response(LARGE, headers={"Content-Length": said}))
+        assert source.size == int(said)
+        assert source.most_bytes is None
+        reader = await source.open("page", max_bytes=None)
+        assert isinstance(reader, PartReader)
+
+        assert (reader.total, reader.next_bytes()) == (int(said), PART_BYTES)
+        await reader.aclose()
+
+    @pytest.mark.parametrize(
+        ("size", "most"), [(4, 4), (PART_BYTES, PART_BYTES), (MAX_OBJECT_BYTES, None)]
+    )
+    async def test_what_was_declared(self, size: int, most: int | None) -> None:
+        """It is a limit, of which a client may have said that it is high."""
+        source = ReadOnce(iterated(LARGE), size=size)
+
+        assert (source.size, source.most_bytes) == (size, most)
+
+    async def test_what_a_file_says(self) -> None:
+        """A file's own size is certain."""
+        assert ReadOnce(io.BytesIO(LARGE)).most_bytes == len(LARGE)
+        upload = Upload(b"page")
+        assert ReadOnce(upload).most_bytes == len(b"page")
+        upload.file.close()
 
     async def test_one_file_of_two_blobs(self) -> None:
         """Two readers would take each other's bytes: the second one is refused."""

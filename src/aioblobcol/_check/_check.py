@@ -256,14 +256,20 @@ class Check:
             is_young = started_at is not None and _age(started_at) < self._min_age
             if is_young or upload.uri in under_way:
                 continue
+            reason, is_gone = f"upload {upload.upload_id}", False
             if self._delete:
-                await self._store.abort_upload(upload)
+                try:
+                    await self._store.abort_upload(upload)
+                    is_gone = True
+                except StoreError as exc:  # the others are to be found, too
+                    logger.error("%s of %s was not aborted: %s", reason, upload.uri, exc)
+                    reason += f", not aborted: {exc.code}"
             yield Finding(
                 FindingKind.INCOMPLETE_UPLOAD,
                 upload.uri,
                 modified_at=started_at,
-                is_condemned=self._delete,
-                reason=f"upload {upload.upload_id}",
+                is_condemned=is_gone,
+                reason=reason,
             )
 
     def _is_our_own(self, uri: str) -> bool:

@@ -116,12 +116,18 @@ class S3Writer:
             self._sent[part.number] = {
                 **{k: v for k, v in checksums.items() if k != "ChecksumType"},
                 "PartNumber": part.number,
-                "ETag": answer["ETag"],
+                "ETag": self._etag_of(answer),
             }
             self._size += part.size
         except BaseException:
             self._was_interrupted = True
             raise
+
+    def _etag_of(self, answer: Mapping[str, Any]) -> str:
+        etag: str | None = answer.get("ETag")
+        if etag is None:
+            raise StoreError("put", self._request.uri, "an answer without an ETag")
+        return etag
 
     def finish(self, crc32: int) -> None:
         """Say that all parts were written, and what the CRC32 of the whole is."""

@@ -405,7 +405,12 @@ class MemoryStore:
                 yield ListedObject(uri, len(found[uri].body), at)
 
     async def _store(
-        self, operation: Literal["put", "copy", "complete"], uri: str, stored: StoredObject
+        self,
+        operation: Literal["put", "copy", "complete"],
+        uri: str,
+        stored: StoredObject,
+        *,
+        upload_id: str | None = None,
     ) -> bool:
         try:
             await self._step(operation, "before", uri)
@@ -416,6 +421,8 @@ class MemoryStore:
         except asyncio.CancelledError:
             self._late.append((uri, stored))  # the request is on its way
             raise
+        if upload_id is not None and upload_id not in self.uploads:  # aborted meanwhile
+            raise BlobNotFoundError("put", uri, "NoSuchUpload")
         self.objects[uri] = stored
         await self._step(operation, "after", uri)
         return True
@@ -423,13 +430,12 @@ class MemoryStore:
     async def _complete(self, writer: MemoryWriter, crc32: int) -> None:
         request = writer.request
         self._note("complete", [request.uri])
-        if writer.upload_id not in self.uploads:
-            raise BlobNotFoundError("put", request.uri, "NoSuchUpload")
         if zlib.crc32(writer.body) != crc32:
             raise StoreError("put", request.uri, "BadDigest")
         stored = StoredObject(writer.body, dict(request.metadata), dict(request.arguments))
         await run_to_end(
-            self._store("complete", request.uri, stored), seconds=2 * self.request_seconds
+            self._store("complete", request.uri, stored, upload_id=writer.upload_id),
+            seconds=2 * self.request_seconds,
         )
         self.uploads.pop(writer.upload_id, None)
 
