@@ -116,7 +116,11 @@ class Placement:
 
     def _most_bytes(self, size: int | None) -> int | None:
         source = self.blob._source
-        return source.most_bytes if isinstance(source, ReadOnce) else size
+        if not isinstance(source, ReadOnce):
+            return size
+        if self.store.capabilities.parts_held and source.is_declared:  # it makes parts of its own
+            return size
+        return source.most_bytes
 
     @property
     def _comes_from_elsewhere(self) -> bool:
@@ -289,7 +293,7 @@ class Placement:
                 uri=self.uri,
                 metadata=object_metadata(metadata, filename=self._facts.filename, sha256=None),
                 arguments=self._arguments,
-                size=reader.total,
+                size=reader.promised,
             ),
             reader,
         )

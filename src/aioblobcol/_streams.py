@@ -219,6 +219,11 @@ class PartReader:
         """Of what was handed out so far."""
         return self._hashes.crc32
 
+    @property
+    def promised(self) -> int | None:
+        """How many bytes there are at most, unless a client's header alone says so."""
+        return self.total if self._is_certain or self._is_declared else None
+
     def next_bytes(self) -> int:
         """Return how large the next part may be."""
         total = self.total if self._is_certain else None
@@ -714,6 +719,11 @@ class ReadOnce:
         if self._is_being_read:  # to ask a file is to move it, under the thread that reads it
             return self._seen
         return size_of(self._source)
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether its size was declared."""
+        return self._size is not None
 
     @property
     def most_bytes(self) -> int | None:

@@ -706,7 +706,7 @@ class _Plan:
         opened.on_end = self._check_unchanged if is_file else None
         return LargeRequest(
             WriteRequest(
-                request.column, request.uri, request.metadata, request.arguments, opened.total
+                request.column, request.uri, request.metadata, request.arguments, opened.promised
             ),
             opened,
         )

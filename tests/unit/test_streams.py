@@ -486,6 +486,7 @@ class TestReadOnce:
         assert isinstance(reader, PartReader)
 
         assert (reader.total, reader.next_bytes()) == (int(said), PART_BYTES)
+        assert reader.promised is None
         await reader.aclose()
 
     @pytest.mark.parametrize(
