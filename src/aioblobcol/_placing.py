@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._blob import NO_FACTS, Blob, BlobFacts, guess_content_type, object_metadata
 from ._sniffing import sniff
 from ._sources import PART_BYTES, Payload, check_size, check_source
-from ._store._base import CopyRequest, ObjectInfo, PutRequest, Store, WriteRequest
+from ._store._base import MAX_COPY_BYTES, CopyRequest, ObjectInfo, PutRequest, Store, WriteRequest
 from ._streams import HEAD_BYTES, PartReader, ReadOnce, iterable_reader, open_source
 from ._transfer import LargeRequest, Request, Upload, in_memory
 from ._uri import (
@@ -124,8 +124,12 @@ class Placement:
 
     @property
     def _comes_from_elsewhere(self) -> bool:
+        """Whether the bytes travel: they are another server's, or more than a server copies."""
         original = self._original
-        return original is not None and original._store not in {None, self.store}
+        if original is None or original._store is None:
+            return False
+        is_too_large = (original._facts.size or 0) > MAX_COPY_BYTES
+        return is_too_large or original._store is not self.store
 
     def _has_to_wait(self, size: int | None) -> bool:
         is_small = size is not None and size <= PART_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import io
 import re
@@ -37,6 +38,7 @@ from aioblobcol import (
 from aioblobcol._check import Check, FindingKind
 from aioblobcol._journal import claim
 from aioblobcol._sources import PART_BYTES
+from aioblobcol._store._base import MAX_COPY_BYTES
 from aioblobcol.testing import MemoryStore, Step, assert_consistent
 
 MIB = 2**20
@@ -228,6 +230,24 @@ class TestUploads:
                 assert [operation for operation, _ in second.calls].count("write") == PARTS
                 await other.delete(copy)
                 await other.commit()
+
+    async def test_copies_of_what_no_server_copies(
+        self, sessions: Factory, memory_store: MemoryStore
+    ) -> None:
+        """More than 5 GiB are copied by reading them, within one store too."""
+        await save(sessions, body=Blob(large()))
+        async with sessions() as session:
+            original = (await session.get_one(File, "a")).body
+            assert original is not None
+            original._facts = dataclasses.replace(original._facts, size=MAX_COPY_BYTES + 1)
+            memory_store.calls.clear()
+            session.add(copy := File(key="b", other=original.copy()))
+            await session.commit()
+
+        operations = [operation for operation, _ in memory_store.calls]
+        assert operations == ["get", "create", *["write"] * PARTS, "complete"]
+        assert copy.other is not None
+        assert await copy.other.read() == LARGE
 
 
 class TestTypes:

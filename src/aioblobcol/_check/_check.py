@@ -244,7 +244,9 @@ class Check:
         try:
             async with contextlib.aclosing(self._store.iter_uploads()) as listed:
                 known = [upload async for upload in listed if self._is_our_own(upload.uri)]
-        except StoreAccessError as exc:
+        except StoreError as exc:
+            if not isinstance(exc, StoreAccessError) and "NotImplemented" not in exc.code:
+                raise
             logger.warning("incomplete uploads were not looked for: %s", exc)
         uris = [upload.uri for upload in known]
         under_way: Collection[str] = ()

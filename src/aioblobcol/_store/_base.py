@@ -49,6 +49,9 @@ COPY_SECONDS = 120
 """A copy may take this long on top of the time limit of its request: the server copies 5 GiB (the
 most that CopyObject takes) in it at 43 MiB/s. A choice, not a measurement."""
 
+MAX_COPY_BYTES = 5 * 2**30
+"""Source: Amazon S3 API Reference, CopyObject (5 GB)."""
+
 READ_CHUNK_BYTES = 256 * 1024
 
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
