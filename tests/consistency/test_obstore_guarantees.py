@@ -36,6 +36,8 @@ from aioblobcol.obstore import ObstoreStore
 from aioblobcol.testing import S3Server, assert_consistent
 from aioblobcol.testing.conformance import noise, put_request, same
 
+pytestmark = pytest.mark.slow  # the same as elsewhere, on three more stores
+
 MANY = 400  # far more awaits than any of these programs has
 
 

@@ -46,6 +46,8 @@ from aioblobcol import (
 from aioblobcol._sources import PART_BYTES
 from aioblobcol.testing import S3Server, assert_consistent
 
+pytestmark = pytest.mark.slow  # tens of MiB, for each test
+
 MIB = 2**20
 BODY = bytes(range(256)) * (20 * MIB // 256)
 LARGE = BODY[: PART_BYTES + 1]

@@ -42,6 +42,8 @@ from aioblobcol.testing.conformance import (
     uri_of,
 )
 
+pytestmark = pytest.mark.slow  # a server for each test
+
 
 class Wire:
     """The store behind a proxy, the same bucket by another client, and what was sent."""

@@ -34,6 +34,8 @@ from aioblobcol._download import open_object, read_object
 from aioblobcol._store._base import ByteRange
 from aioblobcol.testing import S3Server
 
+pytestmark = pytest.mark.slow  # a server for each test
+
 URI = "s3://bucket/prefix/k"
 BODY = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(BODY).hexdigest()

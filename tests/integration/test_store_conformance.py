@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from support.obstores import open_in
 
@@ -25,6 +26,7 @@ class TestS3Store(StoreConformance):
         return s3_store
 
 
+@pytest.mark.slow
 class TestObstoreOnS3(StoreConformance):
     @pytest_asyncio.fixture
     async def store(self, tmp_path: Path, s3: S3Server) -> AsyncIterator[Store]:
