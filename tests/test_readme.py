@@ -1310,6 +1310,30 @@ class TestStore:
         }
 
 
+# --- how fast it is ----------------------------------------------------------------------------
+
+
+class TestSpeed:
+    def test_the_table_is_of_the_run(self) -> None:
+        """Every figure is that of the run that is in the repository."""
+        report = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+        group = report.split("## Create a row of 8 x 16 KiB, 20 ms away")[1].split("##")[0]
+        measured = [
+            [cell.strip() for cell in line.strip("|").split("|")][:4]
+            for line in group.strip().splitlines()[2:]
+        ]
+
+        assert README.table("Create a row with 8 columns, S3 20 ms away") == measured
+
+    def test_the_run_names_its_machine(self) -> None:
+        """The machine and the versions stand beside the figures, and no path and no host."""
+        run = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+
+        assert "cores" in run["machine"][0]
+        assert "botocore" in run["machine"][1]
+        assert "/" not in "".join(run["machine"]).replace("aioblobcol", "")
+
+
 # --- testing your own code ---------------------------------------------------------------------
 
 USERS_ENGINE = """
