@@ -7,6 +7,7 @@ finds the stores after a kill knows what must be in them.
 from __future__ import annotations
 
 import contextlib
+import io
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import timedelta
@@ -28,14 +29,23 @@ from aioblobcol import (
     use_explicit_begin,
 )
 from aioblobcol._check import Check
+from aioblobcol._sources import PART_BYTES
 from aioblobcol._worker import Worker
 
 PREFIX = "app"
 ALIVE = 4
 """The advisory lock that every connection of a child shares for as long as its backend lives."""
 
+LARGE = "large "
+
 Contents = dict[str, str]
-"""Cell (``key.column``) to the text of its object."""
+"""Cell (``key.column``) to the text of its object; see `bytes_of`."""
+
+
+def bytes_of(text: str) -> bytes:
+    """Return what an object holds: its text, or more than one part of it if it is ``large ...``."""
+    body = text.encode()
+    return body * (PART_BYTES // len(body) + 1) if text.startswith(LARGE) else body
 
 
 class AbandonedError(Exception):
@@ -139,7 +149,7 @@ class Place:
 
 def values(**says: str) -> dict[str, Any]:
     """Return columns with objects, and beside them what they must hold."""
-    blobs = {column: Blob(text.encode()) for column, text in says.items()}
+    blobs = {column: Blob(bytes_of(text)) for column, text in says.items()}
     return {**blobs, **{f"{column}_says": text for column, text in says.items()}}
 
 
@@ -342,6 +352,24 @@ async def check(place: Place, told: Told) -> None:
     await place.worker().drain()
 
 
+async def large(place: Place, told: Told) -> None:
+    """Objects of several parts, beside small ones; of bytes, of a stream, and for nothing."""
+    one, two = f"{LARGE}one", f"{LARGE}two"
+    told.begin()
+    with told.committing({"d1.body": one, "d1.cover": "front"}):
+        async with place.sessions.begin() as session:
+            session.add(place.doc("d1", body=one, cover="front"))
+    with contextlib.suppress(AbandonedError):
+        async with place.sessions.begin() as session:
+            session.add(place.doc("d2", body=f"{LARGE}failed"))
+            await session.flush()
+            raise AbandonedError
+    with told.committing({"d1.body": two}):
+        async with place.sessions.begin() as session:
+            first = await session.get_one(place.Doc, "d1")
+            first.body, first.body_says = Blob(io.BytesIO(bytes_of(two))), two
+
+
 async def churn_managed(place: Place, told: Told, key: str) -> None:
     """Create, replace and delete a row of one's own."""
     doc, sessions = place.Doc, place.sessions
@@ -376,5 +404,5 @@ async def churn_explicit(place: Place, told: Told, key: str) -> None:
 
 
 PROGRAMS: Mapping[str, Program] = {
-    each.__name__: each for each in (managed, explicit, bulk, worker, check)
+    each.__name__: each for each in (managed, explicit, bulk, large, worker, check)
 }

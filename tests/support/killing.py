@@ -24,10 +24,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from aioblobcol._check import FindingKind
-from aioblobcol._uri import marker_uri
+from aioblobcol._uri import marker_uri, split_s3_uri
 from aioblobcol.testing import MemoryStore, S3Server
 
-from .killed_programs import ALIVE, PREFIX, Contents, Place, open_engine
+from .killed_programs import ALIVE, PREFIX, Contents, Place, bytes_of, open_engine
 from .s3_proxy import Forward, Request, S3Proxy, s3_proxy
 
 Hear = Callable[[Mapping[str, Any]], None]
@@ -141,6 +141,7 @@ class Figures:
     Attributes:
         runs: programs, killed or not.
         kills: of them, with SIGKILL.
+        left_uploads: kills after which an upload was left that only the check finds.
         left_unlisted: kills after which an object was left that no journal lists: where
             invariant 2 permits it.
         failures: what must not be.
@@ -149,12 +150,13 @@ class Figures:
     runs: int = 0
     kills: int = 0
     left_unlisted: int = 0
+    left_uploads: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{self.runs} runs, {self.kills} kills, {self.left_unlisted} left an orphan that only "
-            f"`check` finds, {len(self.failures)} failures"
+            f"`check` finds, {self.left_uploads} such an upload, {len(self.failures)} failures"
         )
 
 
@@ -188,6 +190,7 @@ class Comparison:
         orphans = set(objects) - set(named.values())
         failures += [f"LEAK of {uri}" for uri in orphans - words.planted - words.permitted]
         self.figures.left_unlisted += not orphans.isdisjoint(words.permitted)
+        failures += await self._look_at_uploads(words)
         if orphans:
             found = [finding async for finding in place.check().findings()]
             if {each.uri for each in found if each.kind is FindingKind.ORPHAN} != orphans:
@@ -195,6 +198,26 @@ class Comparison:
             await self._drain()
             if set(await self._objects()) != set(named.values()):
                 failures.append(f"CHECK left {await self._objects()}")
+        return failures
+
+    async def _look_at_uploads(self, words: LastWords) -> list[str]:
+        """Return what is wrong with incomplete uploads; the check finds those without parts."""
+        store, failures = self.place.store, []
+        left = [upload async for upload in store.iter_uploads()]
+        for upload in left:
+            bucket, key = split_s3_uri(upload.uri)
+            answer = await store.client.list_parts(
+                Bucket=bucket, Key=key, UploadId=upload.upload_id
+            )
+            if answer.get("Parts") and upload.uri not in words.permitted:
+                failures.append(f"LEAK of parts of {upload.uri}")
+        if left:
+            self.figures.left_uploads += 1
+            found = [finding async for finding in self.place.check().findings()]
+            kinds = {each.kind for each in found}
+            if kinds != {FindingKind.INCOMPLETE_UPLOAD} or len(found) != len(left):
+                failures.append(f"CHECK found {found}, not {left}")
+            failures += [f"CHECK left {each}" async for each in store.iter_uploads()]
         return failures
 
     async def _drain(self) -> None:
@@ -214,6 +237,9 @@ class Comparison:
                 f"s3://{store.bucket}/{each['Key']}": each["ETag"].strip('"')
                 for each in page.get("Contents", ())
             }
+            for uri, etag in found.items():
+                if "-" in etag:  # of an object that was uploaded in parts it is no MD5 of the whole
+                    found[uri] = md5(await store.get(uri))
         found.pop(marker_uri(store.bucket, store.prefix), None)
         return found
 
@@ -290,7 +316,7 @@ def losses(named: Mapping[str, str], says: Contents, objects: Mapping[str, str])
         f"LOSS: {cell} says {says[cell]!r}, names nothing" for cell in says if cell not in named
     ]
     for cell, uri in named.items():
-        if objects.get(uri) != md5(says.get(cell, "").encode()):
+        if objects.get(uri) != md5(bytes_of(says.get(cell, ""))):
             found.append(f"LOSS: {cell} names {uri}: {objects.get(uri, 'missing')}")
     uris = list(named.values())
     return found + [f"SHARED: {uri}" for uri in {uri for uri in uris if uris.count(uri) > 1}]
