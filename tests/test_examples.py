@@ -31,6 +31,8 @@ from aioblobcol._uri import marker_uri
 from aioblobcol.aws_s3 import drain
 from aioblobcol.testing import S3Server, assert_consistent
 
+pytestmark = pytest.mark.slow  # an application for each test
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 FIRST = {"html": b"<p>first</p>", "image": b"\x89PNG\r\n\x1a\nfirst"}

@@ -19,6 +19,8 @@ from support.pages import ROOT, Block, Page, Place, check_claims, managed_in_mem
 
 from aioblobcol.testing import StoredObject
 
+pytestmark = pytest.mark.slow  # one Python is enough for the pages
+
 SERVING = Page(ROOT / "docs/serving.md")
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 2000  # two chunks
 SIZE = len(PNG)

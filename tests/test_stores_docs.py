@@ -20,6 +20,8 @@ from aioblobcol import Capabilities, S3Store, blob_sessionmaker, open_store
 from aioblobcol.obstore import ObstoreStore, open_obstore
 from aioblobcol.testing import S3Server
 
+pytestmark = pytest.mark.slow  # one Python is enough for the pages
+
 STORES = Page(ROOT / "docs/stores.md")
 
 

@@ -33,6 +33,8 @@ from aioblobcol._store._s3 import COMPAT, _tuned_config
 from aioblobcol._streams import part_bytes
 from aioblobcol.testing import MemoryStore, S3Server, assert_consistent, s3_server
 
+pytestmark = pytest.mark.slow  # one Python is enough for the pages
+
 UPLOADS = Page(ROOT / "docs/large_uploads.md")
 TUNING = Page(ROOT / "docs/tuning.md")
 
