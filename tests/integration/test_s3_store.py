@@ -653,6 +653,8 @@ class TestOpening:
                 return await super().send(request)
 
         config = AioConfig(proxies={}, http_session_cls=Connections)
+        if AioConfig().merge(config).http_session_cls is not Connections:
+            pytest.skip("this aiobotocore forgets the class when it merges configurations")
         async with s3.open_store(bucket=s3_store.bucket, config=config) as store:
             assert [uri async for uri in store.iter_uris()] == []
 
