@@ -606,13 +606,29 @@ def iterable_reader(
     )
 
 
+async def started(reader: PartReader) -> Payload | PartReader:
+    """Read the first part: return it, and close the reader, if it is the whole.
+
+    Raises:
+        InvalidSourceError: as `PartReader.read_small`; the reader is closed.
+    """
+    try:
+        payload = await reader.read_small()
+    except BaseException:
+        await reader.aclose()
+        raise
+    if payload is None:
+        return reader
+    await reader.aclose()
+    return payload
+
+
 async def open_source(
     column: str,
     source: Buffer | Path | BinaryFile | AsyncSource,
     *,
     max_bytes: int | None = None,
     with_sha256: bool = True,
-    with_md5: bool = False,
 ) -> Payload | PartReader:
     """Read a source of one part at most; open what is larger, with its first part read.
 
@@ -625,7 +641,7 @@ async def open_source(
         size = check_source(source, column=column)
         assert size is not None
         if size <= PART_BYTES:
-            return await read_payload(column, source, with_md5=with_md5, max_bytes=max_bytes)
+            return await read_payload(column, source, with_md5=False, max_bytes=max_bytes)
         check_size(column, size, MAX_OBJECT_BYTES if max_bytes is None else max_bytes)
         reader = PartReader(
             column,
@@ -633,21 +649,12 @@ async def open_source(
             total=size,
             is_declared=True,
             with_sha256=with_sha256,
-            with_md5=with_md5,
         )
     elif isinstance(source, Path):
         reader = await open_path(column, source, max_bytes=max_bytes, with_sha256=with_sha256)
     else:
         return await ReadOnce(source).open(column, max_bytes=max_bytes, with_sha256=with_sha256)
-    try:
-        payload = await reader.read_small()
-    except BaseException:
-        await reader.aclose()
-        raise
-    if payload is None:
-        return reader
-    await reader.aclose()
-    return payload
+    return await started(reader)
 
 
 async def fingerprint(column: str, path: Path) -> Fingerprint:
@@ -773,7 +780,6 @@ class ReadOnce:
                 claim.give_up()
                 raise
             if isinstance(payload, Payload):
-                claim.give_up()
                 self._body, self._source = payload.body, None
             return payload
 
@@ -800,12 +806,7 @@ class ReadOnce:
             close=close,
         )
         self._is_read = True
-        try:
-            payload = await reader.read_small()
-        except BaseException:
-            await reader.aclose()
-            raise
-        return reader if payload is None else payload
+        return await started(reader)
 
     def _check_may_read(self, column: str) -> None:
         if self._is_being_read:

@@ -30,10 +30,8 @@ from urllib.parse import unquote
 import obstore
 from obstore.exceptions import BaseError
 
-from .._sources import PART_BYTES
-from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
+from .._uri import normalize_s3_prefix, root_uri, split_s3_uri
 from ..errors import (
-    BlobChangedError,
     InvalidInputError,
     InvalidPutArgumentsError,
     StoreClosedError,
@@ -53,11 +51,12 @@ from ._base import (
     ObjectInfo,
     ObjectReader,
     PutRequest,
-    Runtime,
     WriteRequest,
     check_part,
     owned_uris,
+    unchanged,
 )
+from ._life import StoreLife, check_limits
 from ._metadata import decode_metadata
 from ._obstore_backends import (
     ANSWER_SECONDS,
@@ -98,7 +97,7 @@ _TAKEN_NAMES: Final = frozenset(
 )
 
 
-class ObstoreStore:
+class ObstoreStore(StoreLife):
     """The objects under one prefix of one bucket, wherever obstore reaches.
 
     Made by `open_obstore`. An async context manager: it makes its clients on entering and, on
@@ -119,16 +118,17 @@ class ObstoreStore:
         max_bytes_in_flight: int,
     ) -> None:
         self._backend = backend
-        self._bucket = check_bucket(bucket)
-        self._prefix = normalize_s3_prefix(prefix)
-        self._max_concurrency = max_concurrency
-        self._request_seconds = request_seconds
-        self._drain_seconds = drain_seconds
-        self._max_bytes_in_flight = max_bytes_in_flight
+        super().__init__(
+            bucket=bucket,
+            prefix=prefix,
+            max_concurrency=max_concurrency,
+            request_seconds=request_seconds,
+            drain_seconds=drain_seconds,
+            max_bytes_in_flight=max_bytes_in_flight,
+        )
         self._attempts = ATTEMPTS if backend.is_remote else 1
         self._client: Any = None
         self._client_once: Any = None
-        self._runtime: Runtime | None = None
         self._entered = False
         self._watch = Watch(keeps_buffers=backend.name == "memory")
         self._capabilities = Capabilities(
@@ -153,12 +153,7 @@ class ObstoreStore:
         except BaseException:
             self._entered = False
             raise
-        self._runtime = Runtime(
-            self.delete_many,
-            max_concurrency=self._max_concurrency,
-            request_seconds=self._request_seconds,
-            max_bytes_in_flight=self._max_bytes_in_flight,
-        )
+        self._start()
         return self
 
     async def __aexit__(
@@ -177,34 +172,6 @@ class ObstoreStore:
             self._client = self._client_once = self._runtime = None
             self._entered = False
             await self._watch.settled(client)
-
-    @property
-    def bucket(self) -> str:
-        """The bucket's name; of files and memory, a name that stands in the URIs only."""
-        return self._bucket
-
-    @property
-    def prefix(self) -> str:
-        """The prefix, without slashes at its ends."""
-        return self._prefix
-
-    @property
-    def request_seconds(self) -> float:
-        """How long one request may take, its retries included and its body apart."""
-        return self._request_seconds
-
-    @property
-    def runtime(self) -> Runtime:
-        """What lives while the store is open.
-
-        Raises:
-            StoreClosedError: it is not open.
-        """
-        if self._runtime is None:
-            raise StoreClosedError(
-                f"{self!r}: enter it first, `async with store:` around the application's life"
-            )
-        return self._runtime
 
     @property
     def capabilities(self) -> Capabilities:
@@ -449,12 +416,6 @@ class ObstoreStore:
         """Do nothing: obstore cannot abort the uploads of others."""
         self.runtime  # noqa: B018 - raises when closed
 
-    async def iter_uris(self) -> AsyncIterator[str]:
-        """List every object under the prefix, in the order of the keys' bytes."""
-        async with contextlib.aclosing(self.iter_objects()) as listed:
-            async for each in listed:
-                yield each.uri
-
     async def iter_objects(
         self, *, start_after: str = "", with_times: bool = False
     ) -> AsyncGenerator[ListedObject, None]:
@@ -484,19 +445,19 @@ class ObstoreStore:
         if part is not None:
             check_part(part)
         if part is not None and part.start == part.stop:
-            return _unchanged(await self.head(uri), etag), Chunks(uri, None, self._watch)
+            return unchanged(await self.head(uri), etag), Chunks(uri, None, self._watch)
         key, options = self._key("get", uri), _get_options(part, etag)
         try:
             with translating("get", uri):
                 answer = await self._watch.over(
                     obstore.get_async(self.client, key, options=options)  # type: ignore[arg-type]  # a TypedDict
                 )
-                info = _unchanged(_info(uri, answer), etag)
+                info = unchanged(_info(uri, answer), etag)
                 return info, Chunks(uri, answer.stream(STREAM_BYTES), self._watch)
         except StoreError as exc:
             if part is None or type(exc) is not StoreError:
                 raise
-            info = _unchanged(await self.head(uri), etag)
+            info = unchanged(await self.head(uri), etag)
             if part.start < info.size:
                 raise
             return info, Chunks(uri, None, self._watch)
@@ -664,10 +625,12 @@ def open_obstore(
         InvalidInputError: another URL, options that the URL has no use for, or a limit that is
             not positive. Options that obstore does not know are refused on entering.
     """
-    if max_concurrency < 1 or request_seconds <= 0 or drain_seconds < 0:
-        raise InvalidInputError("max_concurrency and request_seconds are positive")
-    if max_bytes_in_flight < PART_BYTES:
-        raise InvalidInputError(f"max_bytes_in_flight is one part at least, {PART_BYTES} bytes")
+    check_limits(
+        max_concurrency=max_concurrency,
+        max_bytes_in_flight=max_bytes_in_flight,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+    )
     parts = split_url(url)
     http = HttpOptions(client_options, retry_config, credential_provider)
     if parts.scheme in {"s3", "gs", "az"}:
@@ -700,12 +663,6 @@ def _get_options(part: ByteRange | None, etag: str | None) -> dict[str, Any] | N
     if etag is not None and not etag.startswith("W/"):  # a weak one never matches
         options["if_match"] = etag
     return options or None
-
-
-def _unchanged(info: ObjectInfo, etag: str | None) -> ObjectInfo:
-    if etag is not None and info.etag is not None and info.etag != etag:
-        raise BlobChangedError("get", info.uri, f"it is {info.etag}, not {etag}")
-    return info
 
 
 def _info(uri: str, answer: Any) -> ObjectInfo:

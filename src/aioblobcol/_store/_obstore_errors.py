@@ -11,7 +11,7 @@ found in the text counts as not known, so that a new wording makes errors less d
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -31,9 +31,7 @@ from ..errors import (
     StoreError,
     StoreUnavailableError,
 )
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from ._life import Translating
 
 MISSING_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 
@@ -46,27 +44,15 @@ _LOCAL = re.compile(r"^Generic (?:LocalFileSystem|InMemory) error|^Operation ")
 _TRY_AGAIN_STATUS = frozenset({408, 409, 425, 429})
 
 
-class translating:  # noqa: N801 - used like a function
-    """Turn what obstore raises inside of the block into a `StoreError` about *uri*, chained."""
+class translating(Translating):  # noqa: N801 - used like a function
+    """Turn what obstore raises inside of the block into a `StoreError` about *uri*."""
 
-    __slots__ = ("_operation", "_uri")
+    __slots__ = ()
 
-    def __init__(self, operation: str, uri: str) -> None:
-        self._operation = operation
-        self._uri = uri
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def _translated(self, exc: BaseException) -> Exception | None:
         if not isinstance(exc, _OURS_TO_TRANSLATE) or isinstance(exc, AioBlobColError):
-            return
-        raise translated(self._operation, self._uri, exc) from exc
+            return None
+        return translated(self._operation, self._uri, exc)
 
 
 def translated(operation: str, uri: str, exc: BaseException) -> StoreError:

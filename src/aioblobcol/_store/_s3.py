@@ -23,9 +23,9 @@ from aiobotocore.config import AioConfig
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from .._sources import HASH_INLINE_BYTES, PART_BYTES, Payload
+from .._sources import HASH_INLINE_BYTES, Payload
 from .._tasks import run_in_thread
-from .._uri import check_bucket, normalize_s3_prefix, root_uri, split_s3_uri
+from .._uri import root_uri, split_s3_uri
 from ..errors import (
     BlobChangedError,
     InvalidInputError,
@@ -55,6 +55,7 @@ from ._base import (
 )
 from ._body import Body
 from ._errors import from_answer, translating, was_retried
+from ._life import StoreLife, check_limits
 from ._metadata import decode_metadata
 from ._models import new_session
 from ._presign import content_disposition, expiry_seconds
@@ -150,7 +151,7 @@ COMPAT: Final[Mapping[str, Compat]] = {
 }
 
 
-class S3Store:
+class S3Store(StoreLife):
     """The objects under one prefix of one bucket, in S3 or a compatible server.
 
     Made by `open_store`. An async context manager: it opens a client on entering and, on
@@ -171,17 +172,18 @@ class S3Store:
         drain_seconds: float,
         max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
-        self._bucket = check_bucket(bucket)
-        self._prefix = normalize_s3_prefix(prefix)
+        super().__init__(
+            bucket=bucket,
+            prefix=prefix,
+            max_concurrency=max_concurrency,
+            request_seconds=request_seconds,
+            drain_seconds=drain_seconds,
+            max_bytes_in_flight=max_bytes_in_flight,
+        )
         self._compat: Compat | None = compat
         self._client_arguments = dict(client_arguments)
         self._config = config
-        self._max_concurrency = max_concurrency
-        self._request_seconds = request_seconds
-        self._drain_seconds = drain_seconds
-        self._max_bytes_in_flight = max_bytes_in_flight
         self._client: Any = None
-        self._runtime: Runtime | None = None
         self._stack: contextlib.AsyncExitStack | None = None
 
     def __repr__(self) -> str:
@@ -219,12 +221,7 @@ class S3Store:
             if isinstance(exc, ValueError) and not isinstance(exc, InvalidInputError):
                 raise InvalidInputError(f"cannot open {self!r}: {exc}") from exc  # an endpoint
             raise
-        self._runtime = Runtime(
-            self.delete_many,
-            max_concurrency=self._max_concurrency,
-            request_seconds=self._request_seconds,
-            max_bytes_in_flight=self._max_bytes_in_flight,
-        )
+        self._start()
         return self
 
     async def __aexit__(
@@ -241,34 +238,6 @@ class S3Store:
         finally:
             self._client = self._runtime = self._stack = None
             await stack.aclose()
-
-    @property
-    def bucket(self) -> str:
-        """The bucket's name."""
-        return self._bucket
-
-    @property
-    def prefix(self) -> str:
-        """The prefix, without slashes at its ends."""
-        return self._prefix
-
-    @property
-    def request_seconds(self) -> float:
-        """How long one request may take, its retries included and its body apart."""
-        return self._request_seconds
-
-    @property
-    def runtime(self) -> Runtime:
-        """What lives while the store is open.
-
-        Raises:
-            StoreClosedError: it is not open.
-        """
-        if self._runtime is None:
-            raise StoreClosedError(
-                f"{self!r}: enter it first, `async with store:` around the application's life"
-            )
-        return self._runtime
 
     @property
     def capabilities(self) -> Capabilities:
@@ -560,12 +529,6 @@ class S3Store:
             deleted=tuple(uri for uri in dict.fromkeys(uris) if uri not in failed), failed=failed
         )
 
-    async def iter_uris(self) -> AsyncIterator[str]:
-        """List every object under the prefix, in the order of the keys' bytes."""
-        async with contextlib.aclosing(self.iter_objects()) as listed:
-            async for each in listed:
-                yield each.uri
-
     async def iter_objects(
         self, *, start_after: str = "", with_times: bool = False
     ) -> AsyncGenerator[ListedObject, None]:
@@ -798,10 +761,12 @@ def open_store(
     """
     if compat not in COMPAT:
         raise InvalidInputError(f"compat is one of {', '.join(COMPAT)}, not {compat!r}")
-    if max_bytes_in_flight < PART_BYTES:
-        raise InvalidInputError(f"max_bytes_in_flight is one part at least, {PART_BYTES} bytes")
-    if max_concurrency < 1 or request_seconds <= 0 or drain_seconds < 0:
-        raise InvalidInputError("max_concurrency and request_seconds are positive")
+    check_limits(
+        max_concurrency=max_concurrency,
+        max_bytes_in_flight=max_bytes_in_flight,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+    )
     given = {"endpoint_url": endpoint_url, "region_name": region_name}
     return S3Store(
         bucket=bucket,
