@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._blob import NO_FACTS, Blob, BlobFacts, guess_content_type, object_metadata
+from ._download import open_object
 from ._sniffing import sniff
 from ._sources import PART_BYTES, Payload, check_size, check_source
 from ._store._base import MAX_COPY_BYTES, CopyRequest, ObjectInfo, PutRequest, Store, WriteRequest
-from ._streams import HEAD_BYTES, PartReader, ReadOnce, iterable_reader, open_source
+from ._streams import HEAD_BYTES, PartReader, ReadOnce, iterable_reader, open_source, started
 from ._transfer import LargeRequest, Request, Upload, in_memory
 from ._uri import (
     attempt_key,
@@ -70,14 +71,13 @@ class Placement:
         store, attribute = self.store, self.attribute
         store.runtime  # noqa: B018 - raises when closed
         root = _root_of(store, attribute)
-        if attribute.type.max_bytes is not None or isinstance(self.blob._source, Path):
-            self._check_size(self._source_size())
+        size = self._source_size()
+        self._check_size(size)
         if self._original is None and attribute.type.accept and self._declared_type is not None:
             self._check_content_type(self._declared_type)
         if attribute.type.prefix is not None:
             root = _root(store, attribute, self._own_prefix(attribute.type.prefix(self.subject)))
         self.uri = f"{root}{new_object_id()}"
-        size = self._source_size()
         return Upload(
             store,
             attribute.column.name,
@@ -198,7 +198,7 @@ class Placement:
         """Open a stored blob of another server, perhaps."""
         assert original._store is not None
         async with contextlib.AsyncExitStack() as stack:
-            body = await stack.enter_async_context(original._store.open(original.uri))
+            body = await stack.enter_async_context(open_object(original._store, original.uri))
             self._learn(original, body.info)
             self._check_facts()
             reader = iterable_reader(
@@ -209,15 +209,7 @@ class Placement:
                 with_sha256=self._keeps_sha256,
                 close=stack.pop_all().aclose,
             )
-        try:
-            payload = await reader.read_small()
-        except BaseException:
-            await reader.aclose()
-            raise
-        if payload is None:
-            return reader, body.info.metadata
-        await reader.aclose()
-        return payload, body.info.metadata
+        return await started(reader), body.info.metadata
 
     async def _copy_request(self, original: Blob) -> CopyRequest:
         self._facts = known = original._facts

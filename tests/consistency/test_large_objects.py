@@ -231,6 +231,25 @@ class TestUploads:
                 await other.delete(copy)
                 await other.commit()
 
+    async def test_copies_between_stores_go_on_where_a_connection_breaks_off(
+        self, sessions: Factory, sqlite: Database, memory_store: MemoryStore
+    ) -> None:
+        """They read as everybody else does: from the next byte on, of the same version."""
+        await save(sessions, body=Blob(large()))
+        memory_store.fail("get", stage="during", times=1)
+        async with MemoryStore(prefix="second") as second, sessions() as session:
+            original = (await session.get_one(File, "a")).body
+            assert original is not None
+            async with blob_sessionmaker(sqlite.engine, second)() as other:
+                other.add(copy := File(key="b", other=original.copy()))
+                await other.commit()
+                assert copy.other is not None
+                assert await second.get(copy.other.uri) == LARGE
+                await other.delete(copy)
+                await other.commit()
+
+        assert [operation for operation, _ in memory_store.calls].count("get") == 2
+
     async def test_copies_of_what_no_server_copies(
         self, sessions: Factory, memory_store: MemoryStore
     ) -> None:
